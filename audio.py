@@ -1,0 +1,161 @@
+"""Sound: any audio file to mono at 16 kHz, and MIDI to sound through FluidSynth."""
+
+import shutil
+import subprocess
+from importlib import resources
+from pathlib import Path
+from typing import Iterable, Iterator
+
+import numpy as np
+import pretty_midi
+import soundfile
+import soxr
+
+from constants import SAMPLE_RATE
+from files import written_whole
+
+BLOCK = 1 << 18        # samples read or written at a time; keeps memory flat, and libsndfile crashes on one long OGG write
+RENDER_RATE = 48000    # FluidSynth acts on events every 64 samples: 1.3 ms here, 4 ms at 16 kHz
+TAIL_SECONDS = 2.0     # what rings on after the last note of rendered MIDI
+
+
+def read_blocks(path: Path) -> Iterator[tuple[np.ndarray, int]]:
+    """Blocks of (S, channels) float32 and their sample rate, through libsndfile or, where that knows no way, ffmpeg."""
+    with open(path, "rb") as file:  # a missing or forbidden file gets Python's own words, not libsndfile's
+        if not file.read(1):
+            raise ValueError(f"{path}: is empty")
+    try:
+        source = soundfile.SoundFile(path)
+    except soundfile.LibsndfileError as error:
+        if not (ffmpeg := shutil.which("ffmpeg")):
+            raise ValueError(f"{path}: holds no audio that libsndfile reads ({error.error_string.strip()} "
+                             "Other formats, such as M4A, need ffmpeg, which is not installed)") from error
+        yield from ffmpeg_blocks(ffmpeg, path)
+        return
+    with source:
+        n_read = 0
+        while len(block := source.read(BLOCK, dtype="float32", always_2d=True)):
+            n_read += len(block)
+            yield block, source.samplerate
+        if n_read < source.frames:
+            raise ValueError(f"{path}: is truncated, {n_read} of {source.frames} samples can be read")
+
+
+def ffmpeg_blocks(ffmpeg: str, path: Path) -> Iterator[tuple[np.ndarray, int]]:
+    """The same through ffmpeg, which brings it to mono at 16 kHz by itself."""
+    command = [ffmpeg, "-v", "error", "-nostdin", "-i", f"file:{path}", "-vn", "-ac", "1", "-ar", str(SAMPLE_RATE), "-f", "f32le", "-"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        while data := process.stdout.read(BLOCK * 4):
+            yield np.frombuffer(data, dtype="<f4")[:, None], SAMPLE_RATE
+        message = process.stderr.read().decode(errors="replace").strip()
+    if process.returncode:
+        raise ValueError(f"{path}: holds no audio ({message.splitlines()[-1] if message else 'ffmpeg failed'})")
+
+
+def load_audio(path: str | Path) -> np.ndarray:
+    """Read an audio file of any rate, length and channel count.
+
+    Memory grows with the result alone: blocks are mixed down and resampled as they are read.
+
+    Returns:
+        (S,) float32 in [-1, 1] at SAMPLE_RATE, the mean of the channels.
+
+    Raises:
+        OSError: the file cannot be opened.
+        ValueError: it holds no audio, is broken or truncated, or holds NaN or infinity.
+    """
+    path = Path(path)
+    parts: list[np.ndarray] = []
+    resampler = None
+    try:
+        for block, rate in read_blocks(path):
+            mono = block.mean(axis=1)
+            if not np.isfinite(mono).all():
+                raise ValueError(f"{path}: holds samples that are not numbers (NaN or infinity)")
+            if rate != SAMPLE_RATE:
+                resampler = resampler or soxr.ResampleStream(rate, SAMPLE_RATE, 1, dtype="float32")
+                mono = resampler.resample_chunk(mono)
+            parts.append(np.clip(mono, -1, 1))
+        if resampler:
+            parts.append(np.clip(resampler.resample_chunk(np.zeros(0, np.float32), last=True), -1, 1))
+    except soundfile.LibsndfileError as error:
+        raise ValueError(f"{path}: is broken ({error.error_string.strip()})") from error
+    except OSError as error:
+        raise OSError(f"{path}: cannot be read ({error.strerror or error})") from error
+    audio = np.concatenate(parts) if parts else np.zeros(0, np.float32)
+    if not len(audio):
+        raise ValueError(f"{path}: holds no samples")
+    return audio
+
+
+def save_audio(path: str | Path, blocks: Iterable[np.ndarray], sample_rate: int = SAMPLE_RATE) -> None:
+    """Write blocks of (S,) float in [-1, 1] as one 16-bit mono file; the format follows the suffix.
+
+    Raises:
+        OSError: the file cannot be written.
+    """
+    with written_whole(path) as temporary:
+        try:
+            with soundfile.SoundFile(temporary, "w", sample_rate, 1) as file:
+                for block in blocks:
+                    for start in range(0, len(block), BLOCK):
+                        file.write(block[start : start + BLOCK])
+        except soundfile.LibsndfileError as error:
+            raise OSError(error.error_string.strip()) from error
+
+
+def default_soundfont() -> Path:
+    """TimGM6mb, the small General MIDI SoundFont that pretty_midi carries."""
+    return Path(str(resources.files(pretty_midi) / "TimGM6mb.sf2"))
+
+
+def has_fluidsynth() -> bool:
+    """Whether the system library behind pyfluidsynth is installed."""
+    try:
+        import fluidsynth  # noqa: F401  # raises where libfluidsynth is missing
+    except (ImportError, OSError, AttributeError):
+        return False
+    return True
+
+
+def render_midi(midi: pretty_midi.PrettyMIDI, soundfont: str | Path | None = None) -> Iterator[np.ndarray]:
+    """Play a MIDI performance, its pedal included, on a SoundFont's first piano.
+
+    Yields:
+        Blocks of (S,) float32 in [-1, 1] at SAMPLE_RATE.
+
+    Raises:
+        ValueError: the SoundFont cannot be read.
+        ImportError: libfluidsynth is missing.
+    """
+    import fluidsynth  # needs a system library, which only sound needs
+    synth = fluidsynth.Synth(gain=0.5, samplerate=float(RENDER_RATE))
+    try:
+        font = synth.sfload(str(soundfont or default_soundfont()))
+        if font == -1:
+            raise ValueError(f"{soundfont}: is not a SoundFont that FluidSynth reads")
+        synth.program_select(0, font, 0, 0)
+        events = []  # (seconds, order within a moment, what to do): keys go up before others go down
+        for instrument in midi.instruments:
+            if not instrument.is_drum:
+                for note in instrument.notes:
+                    events.append((note.start, 2, synth.noteon, (0, note.pitch, note.velocity)))
+                    events.append((note.end, 0, synth.noteoff, (0, note.pitch)))
+                for change in instrument.control_changes:
+                    events.append((change.time, 1, synth.cc, (0, change.number, change.value)))
+        events.sort(key=lambda event: event[:2])
+        events.append((midi.get_end_time() + TAIL_SECONDS, 3, None, ()))
+        resampler = soxr.ResampleStream(RENDER_RATE, SAMPLE_RATE, 1, dtype="float32")
+        position = 0
+        for seconds, _, act, arguments in events:
+            until = round(seconds * RENDER_RATE)
+            while position < until:
+                n_samples = min(until - position, BLOCK)
+                stereo = np.asarray(synth.get_samples(n_samples), dtype=np.float32).reshape(-1, 2)
+                position += n_samples
+                yield np.clip(resampler.resample_chunk(stereo.mean(axis=1) / 32768), -1, 1)
+            if act:
+                act(*arguments)
+        yield np.clip(resampler.resample_chunk(np.zeros(0, np.float32), last=True), -1, 1)
+    finally:
+        synth.delete()

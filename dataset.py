@@ -1,0 +1,200 @@
+"""Recordings on disk: tables of MAESTRO's shape, audio and notes kept in a cache, segments cut for training."""
+
+import csv
+import hashlib
+import json
+import os
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from audio import load_audio
+from constants import HOP_SIZE, N_KEYS, SAMPLE_RATE
+from files import written_whole
+from notes import Notes, n_frames_of, notes_to_rolls, read_midi
+
+SPLITS = ("train", "validation", "test")
+COLUMNS = ("canonical_composer", "canonical_title", "split", "year", "midi_filename", "audio_filename", "duration")
+AUDIO_SUFFIXES = (".flac", ".wav", ".ogg", ".mp3")  # tried in this order where a table's own name is not on the disk
+INT16 = 32768.0  # int16 samples in a full scale
+CACHE_VERSION = "1"  # part of every cache name: a change of what load_audio or read_midi give needs a new one
+
+
+@dataclass(frozen=True)
+class Recording:
+    """One performance: `name` as its table has it, `audio` (S,) int16 at SAMPLE_RATE, its `notes`, pedal included."""
+
+    name: str
+    audio: np.ndarray
+    notes: Notes
+
+    @property
+    def n_frames(self) -> int:
+        return n_frames_of(len(self.audio))
+
+    def until(self, seconds: float) -> "Recording":
+        """The beginning of it."""
+        return Recording(self.name, self.audio[: round(seconds * SAMPLE_RATE)], self.notes.until(seconds))
+
+    def to_float(self) -> Tensor:
+        """(S,) float32 in [-1, 1]."""
+        return torch.from_numpy(self.audio.astype(np.float32) / INT16)
+
+
+def audio_to_int16(audio: np.ndarray) -> np.ndarray:
+    """(S,) float in [-1, 1] -> (S,) int16."""
+    return np.clip(np.round(audio * INT16), -INT16, INT16 - 1).astype(np.int16)
+
+
+def read_table(folder: str | Path) -> list[dict[str, Any]]:
+    """Read the table of a data folder: `data.json`, or the `maestro-v*.csv` or `.json` of an official download.
+
+    Returns:
+        A row a recording, with the keys of COLUMNS.
+
+    Raises:
+        OSError: there is no folder, or its table cannot be opened.
+        ValueError: the folder holds no table, or one that does not have these columns.
+    """
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise OSError(f"{folder}: is no folder; `python prepare.py demo {folder}` would make a small data set there")
+    tables = [folder / "data.json", *sorted(folder.glob("maestro-v*.csv")), *sorted(folder.glob("maestro-v*.json"))]
+    path = next((table for table in tables if table.is_file()), None)
+    if path is None:
+        raise ValueError(f"{folder}: holds no data.json nor maestro-v*.csv; prepare.py makes data folders")
+    try:
+        if path.suffix == ".csv":
+            with open(path, newline="", encoding="utf-8") as file:
+                rows = list(csv.DictReader(file))
+        else:
+            rows = json.loads(path.read_text(encoding="utf-8"))
+            if isinstance(rows, dict):  # MAESTRO v3: {column: {row number: value}}
+                rows = [{column: cells[number] for column, cells in rows.items()} for number in rows["split"]]
+        rows = [{**row, "duration": float(row["duration"])} for row in rows]
+        missing = [column for column in COLUMNS if any(column not in row for row in rows)]
+    except OSError as error:
+        raise OSError(f"{path}: cannot be read ({error.strerror})") from error
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"{path}: is not a table of recordings ({type(error).__name__}: {error})") from error
+    if missing or not rows:
+        raise ValueError(f"{path}: {'lacks the column ' + missing[0] if missing else 'names no recordings'}")
+    return rows
+
+
+def find_audio(folder: str | Path, name: str) -> Path:
+    """The audio file of a row. The course's table says `.wav` where the disk has `.flac`; either is found.
+
+    Raises:
+        OSError: there is none.
+    """
+    path = Path(folder) / name
+    for candidate in [path, *(path.with_suffix(suffix) for suffix in AUDIO_SUFFIXES)]:
+        if candidate.is_file():
+            return candidate
+    raise OSError(f"{path}: is named in the table and not on the disk, nor as {', '.join(AUDIO_SUFFIXES)}")
+
+
+def cache_folder() -> Path:
+    """Where decoded recordings are kept: 115 MB an hour of music. May be deleted at any time."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "piano_transcription"
+
+
+def load_recording(name: str, audio_path: Path, midi_path: Path) -> Recording:
+    """Decode a recording, or map the one in the cache when neither file has changed since.
+
+    Raises:
+        OSError, ValueError: as load_audio and read_midi do.
+    """
+    try:
+        facts = [(str(path.resolve()), path.stat().st_size, path.stat().st_mtime_ns) for path in (audio_path, midi_path)]
+    except OSError as error:
+        raise OSError(f"{error.filename}: cannot be read ({error.strerror})") from error
+    key = hashlib.sha1(repr((CACHE_VERSION, SAMPLE_RATE, facts)).encode()).hexdigest()
+    audio_cache, notes_cache = cache_folder() / f"{key}.npy", cache_folder() / f"{key}.npz"
+    try:
+        audio = np.load(audio_cache, mmap_mode="r")  # pages come from disk as segments need them, shared by all workers
+        with np.load(notes_cache) as arrays:
+            return Recording(name, audio, Notes(arrays["intervals"], arrays["pitches"], arrays["velocities"]))
+    except (OSError, ValueError, KeyError):
+        pass  # not there yet
+    notes, audio = read_midi(midi_path), audio_to_int16(load_audio(audio_path))
+    try:
+        with written_whole(notes_cache) as temporary:
+            np.savez(temporary, intervals=notes.intervals, pitches=notes.pitches, velocities=notes.velocities)
+        with written_whole(audio_cache) as temporary:
+            np.save(temporary, audio)
+        audio = np.load(audio_cache, mmap_mode="r")
+    except OSError:
+        pass  # no room for a cache: the recording stays in memory
+    return Recording(name, audio, notes)
+
+
+def load_split(folder: str | Path, split: str, limit: int | None = None) -> list[Recording]:
+    """Load the recordings of one split in the table's order, the first `limit` of them.
+
+    Raises:
+        OSError, ValueError: a file is missing or broken, the message names it; or the split is empty.
+    """
+    rows = [row for row in read_table(folder) if row["split"] == split][:limit]
+    if not rows:
+        raise ValueError(f"{folder}: has no recordings in its {split} split")
+
+    def load(row: dict[str, Any]) -> Recording:
+        return load_recording(row["audio_filename"], find_audio(folder, row["audio_filename"]), Path(folder) / row["midi_filename"])
+
+    with ThreadPoolExecutor(os.cpu_count()) as pool:  # libsndfile decodes outside Python's lock
+        try:
+            return list(tqdm(pool.map(load, rows), f"loading {split}", len(rows), unit="recording", leave=False, disable=None))
+        except BaseException:
+            pool.shutdown(cancel_futures=True)
+            raise
+
+
+class Segments(torch.utils.data.Dataset):
+    """Random segments of recordings; segment i of a run is drawn from (seed, i) alone.
+
+    So nothing has to be remembered: workers, epochs, a resumed run and the ranks of a distributed one draw just what one
+    long single run would. Every frame at which a whole segment fits is drawn with equal probability, so longer recordings
+    come proportionally more often; a recording shorter than a segment has one place, and silence after it.
+    """
+
+    def __init__(self, recordings: list[Recording], sequence_length: int, seed: int, gain_db: float = 0.0) -> None:
+        """
+        Args:
+            sequence_length: samples in a segment, a multiple of HOP_SIZE.
+            gain_db: each segment is made softer by 0 to this many dB.
+        """
+        self.recordings, self.sequence_length, self.seed, self.gain_db = recordings, sequence_length, seed, gain_db
+        self.n_frames = n_frames_of(sequence_length)
+        self.places = np.cumsum([max(1, recording.n_frames - self.n_frames + 1) for recording in recordings])
+
+    def __len__(self) -> int:
+        return int(self.places[-1])
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        """audio (S,) float32, onset and frame (T, 88) float32, and the number of the recording."""
+        random = np.random.default_rng((self.seed, index))
+        place = random.integers(self.places[-1])
+        number = int(np.searchsorted(self.places, place, side="right"))
+        start = int(place - (self.places[number - 1] if number else 0))
+        gain = 10 ** (-random.uniform(0, self.gain_db) / 20) / INT16
+        return {"recording": number, **self.cut(number, start, gain)}
+
+    def cut(self, number: int, start: int, gain: float = 1 / INT16) -> dict[str, Tensor]:
+        """The segment of recording `number` that begins with frame `start`; beyond the end of the audio all is silent."""
+        recording = self.recordings[number]
+        audio = np.zeros(self.sequence_length, dtype=np.float32)
+        piece = recording.audio[start * HOP_SIZE : start * HOP_SIZE + self.sequence_length]
+        np.multiply(piece, np.float32(gain), out=audio[: len(piece)])
+        rolls = np.zeros((2, self.n_frames, N_KEYS), dtype=np.float32)
+        inside = min(self.n_frames, recording.n_frames - start)
+        if inside > 0:
+            rolls[0, :inside], rolls[1, :inside] = notes_to_rolls(recording.notes, inside, start)
+        return {"audio": torch.from_numpy(audio), "onset": torch.from_numpy(rolls[0]), "frame": torch.from_numpy(rolls[1])}

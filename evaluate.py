@@ -1,0 +1,220 @@
+"""From logits to notes, and how good those notes are: `python evaluate.py ckpt.pt`."""
+
+import argparse
+import csv
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import mir_eval
+import numpy as np
+import torch
+from tqdm import tqdm
+
+from constants import HOP_SIZE, MIN_MIDI, SAMPLE_RATE
+from dataset import SPLITS, Recording, load_split
+from files import written_whole
+from model import Transcriber, model_of, pick_device, read_checkpoint
+from notes import Notes, frames_to_seconds, notes_to_rolls
+
+VELOCITY = 80  # the models hear no loudness; every note they write is mezzo-forte
+ONSET_TOLERANCE = 0.05  # seconds, Bay et al. 2009 and MIREX
+OFFSET_RATIO = 0.2      # of the note's duration, or ONSET_TOLERANCE if that is more
+THRESHOLDS = np.arange(1, 10) / 10  # what tune_thresholds tries
+
+
+def extract_notes(onset: np.ndarray, frame: np.ndarray, onset_threshold: float = 0.5, frame_threshold: float = 0.5) -> Notes:
+    """Read notes off two piano rolls: a key starts at a rising onset and lasts while its frames do.
+
+    Source: Hawthorne et al., "Onsets and Frames", ISMIR 2018. An onset over several frames is one note, which sounds at
+    least that long, whether or not the frame roll agrees; our own rule is that a new onset ends the note before it.
+
+    Args:
+        onset: (T, 88), probability that the key is struck in frame t.
+        frame: (T, 88), probability that the key sounds in frame t.
+        onset_threshold, frame_threshold: probability from which each counts, in (0, 1).
+
+    Returns:
+        Notes in order of onset, at the centres of their first and last frames; a note of one frame lasts half a frame.
+        Silence gives zero notes, with intervals of shape (0, 2).
+
+    Raises:
+        ValueError: the rolls differ in shape.
+    """
+    if onset.shape != frame.shape:
+        raise ValueError(f"onset roll {onset.shape} and frame roll {frame.shape} differ in shape")
+    n_frames, n_keys = onset.shape
+    # one line of T + 1 places a key, so that the last, silent place parts it from the next key
+    struck = np.zeros((n_keys, n_frames + 1), dtype=bool)
+    sounds = np.zeros_like(struck)
+    struck[:, :-1] = onset.T >= onset_threshold
+    sounds[:, :-1] = frame.T >= frame_threshold
+    sounds |= struck
+    struck, sounds = struck.ravel(), sounds.ravel()
+    starts = np.flatnonzero(struck & ~np.roll(struck, 1))
+    silences = np.flatnonzero(~sounds)
+    stops = silences[np.searchsorted(silences, starts)] if len(starts) else starts  # first silent frame after each onset
+    stops[:-1] = np.minimum(stops[:-1], starts[1:])
+    keys, first = np.divmod(starts, n_frames + 1)
+    onsets = frames_to_seconds(first)
+    offsets = np.maximum(frames_to_seconds(first + (stops - starts) - 1), onsets + 0.5 * HOP_SIZE / SAMPLE_RATE)
+    return Notes(np.stack([onsets, offsets], axis=1), keys + MIN_MIDI, np.full(len(keys), VELOCITY))
+
+
+def f1_of(true: float, n_est: float, n_ref: float) -> tuple[float, float, float]:
+    """Precision, recall and F1 from counts; nothing estimated or nothing to find scores zero, as in mir_eval."""
+    precision, recall = true / max(n_est, 1), true / max(n_ref, 1)
+    return precision, recall, 2 * precision * recall / (precision + recall) if true else 0.0
+
+
+def roll_metrics(name: str, ref: np.ndarray, est: np.ndarray) -> dict[str, float]:
+    """Frame-wise scores of a boolean (T, 88) roll, counted over all its places (Bay et al., ISMIR 2009)."""
+    precision, recall, f1 = f1_of(np.sum(ref & est), est.sum(), ref.sum())
+    return {f"metric/frame/{name}_precision": precision, f"metric/frame/{name}_recall": recall, f"metric/frame/{name}_f1": f1}
+
+
+def note_metrics(ref: Notes, est: Notes) -> dict[str, float]:
+    """Note scores by mir_eval: onset within 50 ms and pitch within a quarter tone; then offsets within 50 ms or 20 % too.
+
+    A recording without reference notes, or without any found, scores zero, as mir_eval has it.
+    """
+    rows = {}
+    for name, ratio in (("note", None), ("note-with-offsets", OFFSET_RATIO)):
+        scores = (0.0, 0.0, 0.0, 0.0)
+        if len(ref) and len(est):
+            scores = mir_eval.transcription.precision_recall_f1_overlap(
+                ref.intervals, mir_eval.util.midi_to_hz(ref.pitches), est.intervals, mir_eval.util.midi_to_hz(est.pitches),
+                onset_tolerance=ONSET_TOLERANCE, offset_ratio=ratio)
+        rows |= {f"metric/{name}/{key}": float(score) for key, score in zip(("precision", "recall", "f1", "overlap"), scores)}
+    return rows
+
+
+def predict(model: Transcriber, recordings: list[Recording]) -> list[tuple[np.ndarray, np.ndarray]]:
+    """Frame and onset logits of whole recordings, (T, 88) float32 each."""
+    bar = tqdm(recordings, "listening", unit="recording", leave=False, disable=None)
+    return [tuple(logit.numpy() for logit in model.infer(recording.to_float())) for recording in bar]
+
+
+def probability(logit: np.ndarray) -> np.ndarray:
+    """The sigmoid."""
+    return 0.5 * (1 + np.tanh(0.5 * logit))
+
+
+def estimated_notes(logits: tuple[np.ndarray, np.ndarray], thresholds: dict[str, float]) -> Notes:
+    """The notes in frame and onset logits, (T, 88) each."""
+    frame, onset = (probability(logit) for logit in logits)
+    return extract_notes(onset, frame, thresholds["onset"], thresholds["frame"])
+
+
+def score(recording: Recording, logits: tuple[np.ndarray, np.ndarray], thresholds: dict[str, float],
+          reference: str = "midi") -> dict[str, float]:
+    """All metrics of one recording.
+
+    Args:
+        logits: frame and onset, (T, 88) each.
+        thresholds: probabilities for "onset" and "frame".
+        reference: "midi" scores against the MIDI file's own seconds, as published tables do; "roll" against notes read
+            off the quantised rolls, as the course does, which hides up to 32 ms of error.
+    """
+    frame_logit, onset_logit = logits
+    n_frames = len(frame_logit)
+    onset_roll, frame_roll = notes_to_rolls(recording.notes, n_frames)
+    est = estimated_notes(logits, thresholds)
+    ref = recording.notes if reference == "midi" else extract_notes(onset_roll, frame_roll)
+    bce = torch.nn.functional.binary_cross_entropy_with_logits
+    losses = {f"metric/loss/{name}_loss": float(bce(torch.from_numpy(logit), torch.from_numpy(roll).float()))
+              for name, logit, roll in (("frame", frame_logit, frame_roll), ("onset", onset_logit, onset_roll))}
+    return {**losses, **roll_metrics("frame", frame_roll > 0, probability(frame_logit) >= thresholds["frame"]),
+            **roll_metrics("onset", onset_roll > 0, probability(onset_logit) >= thresholds["onset"]), **note_metrics(ref, est)}
+
+
+def tune_thresholds(recordings: list[Recording], logits: list[tuple[np.ndarray, np.ndarray]]) -> dict[str, float]:
+    """The thresholds with the best mean note F1 (onset), then the best mean note-with-offsets F1 (frame), of THRESHOLDS."""
+    best = {"onset": 0.5, "frame": 0.5}
+    for head, metric in (("onset", "metric/note/f1"), ("frame", "metric/note-with-offsets/f1")):
+        means = []
+        for threshold in THRESHOLDS:
+            tried = {**best, head: float(threshold)}
+            means.append(np.mean([note_metrics(recording.notes, estimated_notes(logit, tried))[metric]
+                                  for recording, logit in zip(recordings, logits)]))
+        if max(means) > 0:
+            best[head] = float(THRESHOLDS[int(np.argmax(means))])
+    return best
+
+
+def evaluate_split(model: Transcriber, recordings: list[Recording], reference: str = "midi") -> list[dict[str, float]]:
+    """The metrics of each recording, with the model's own thresholds."""
+    return [score(recording, logits, model.thresholds, reference)
+            for recording, logits in zip(recordings, predict(model, recordings))]
+
+
+def summarise(rows: list[dict[str, float]]) -> dict[str, tuple[float, float]]:
+    """Mean and standard deviation of each metric over recordings."""
+    return {name: (float(np.mean([row[name] for row in rows])), float(np.std([row[name] for row in rows]))) for name in rows[0]}
+
+
+def format_table(summary: dict[str, tuple[float, float]]) -> str:
+    """One line a metric: name, mean +- standard deviation."""
+    return "\n".join(f"{name:38}: {mean:.4f} +- {std:.4f}" for name, (mean, std) in summary.items())
+
+
+def write_json(path: str | Path, content: Any) -> None:
+    """Write plain data as JSON, whole or not at all; raises OSError."""
+    with written_whole(path) as temporary:
+        temporary.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+
+
+def write_results(path: Path, recordings: list[Recording], rows: list[dict[str, float]], **about: Any) -> None:
+    """Write `path` with the suffixes .json and .csv: every metric of every recording. Raises OSError."""
+    named = [{"recording": recording.name, **row} for recording, row in zip(recordings, rows)]
+    means = {name: {"mean": mean, "std": std} for name, (mean, std) in summarise(rows).items()}
+    write_json(path.with_suffix(".json"), {**about, "means": means, "recordings": named})
+    with written_whole(path.with_suffix(".csv")) as temporary, open(temporary, "w", newline="", encoding="utf-8") as file:
+        table = csv.DictWriter(file, list(named[0]))
+        table.writeheader()
+        table.writerows(named)
+
+
+def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description="Score a checkpoint on whole recordings; per-recording results go to JSON and CSV.",
+                                     formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser.add_argument("checkpoint", type=Path, help="a model-*.pt of train.py")
+    parser.add_argument("--data", help="data folder; by default the one the checkpoint was trained on")
+    parser.add_argument("--split", choices=SPLITS, default="test", help="which recordings")
+    parser.add_argument("--reference", choices=("midi", "roll"), default="midi",
+                        help="notes to find: the MIDI file's own, as in published tables, or those of its rolls, as in the course")
+    parser.add_argument("--save_path", type=Path, help="folder for the results; by default the checkpoint's")
+    parser.add_argument("--device", default="auto", help="auto, cpu, cuda or mps")
+    return parser.parse_args(argv)
+
+
+def main(argv: list[str] | None = None) -> int:
+    args = parse_args(argv)
+    try:
+        device = pick_device(args.device)
+        state = read_checkpoint(args.checkpoint)
+        model = model_of(state, args.checkpoint).to(device)
+        folder = args.data or state.get("data", {}).get("folder", "data")
+        recordings = load_split(folder, args.split)
+    except (OSError, ValueError) as error:
+        print(f"evaluate.py: {error}", file=sys.stderr)
+        return 1
+    rows = evaluate_split(model, recordings, args.reference)
+    path = (args.save_path or args.checkpoint.parent) / f"{args.checkpoint.stem}_{args.split}_{args.reference}.json"
+    about = {"checkpoint": args.checkpoint.name, "data": str(folder), "split": args.split, "reference": args.reference,
+             "sustain_extended": True, "thresholds": model.thresholds}
+    print(f"{args.checkpoint}, {len(rows)} {args.split} recordings of {folder}, reference: {args.reference}, "
+          f"sustain-extended: yes, thresholds: onset {model.thresholds['onset']:.2f}, frame {model.thresholds['frame']:.2f}")
+    print(format_table(summarise(rows)))
+    try:
+        write_results(path, recordings, rows, **about)
+    except OSError as error:
+        print(f"evaluate.py: {error}", file=sys.stderr)
+        return 1
+    print(f"per recording: {path} and .csv")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,414 @@
+"""The transcribers: log-mel front end, convolution stack, recurrent layers; and the checkpoint that carries one.
+
+Shapes: B batch, S samples, T frames, M mel bands, C channels, H hidden units, K = 88 keys.
+"""
+
+import dataclasses
+import math
+import platform
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torchaudio
+from torch import Tensor, nn
+
+import constants
+from constants import F_MAX, F_MIN, HOP_SIZE, N_FFT, N_KEYS, N_MELS, SAMPLE_RATE
+from files import written_whole
+
+# Base rates per frame and key, from MAESTRO v2: 7.13 M notes in 201.2 h; keys sound in about 3 % of all places.
+ONSET_RATE = 0.0036
+FRAME_RATE = 0.03
+CONTEXT = 3         # frames that three 3 x 3 convolutions see to either side
+SIDE = (N_FFT - HOP_SIZE) // 2  # samples that a Fourier window reaches past its frame on either side
+CHUNK_FRAMES = 512  # frames convolved at a time in a long recording, 16 s: big enough to be fast, flat in memory
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """What the default recipe does differently from the course's (Hawthorne et al. 2018 as taught in the homework).
+
+    The course's model scores zero for its first thousands of steps, because un-normalised features saturate its recurrent
+    layers; the first three entries mend that. The rest is how it is trained.
+    """
+
+    normalise_mel: bool = True       # batch norm of each mel band over time, as in Kong et al. 2021
+    normalise_features: bool = True  # layer norm before each recurrent layer
+    base_rate_bias: bool = True      # output biases start at the log-odds of silence
+    tune_thresholds: bool = True     # on validation; else 0.5 and 0.5
+    cosine: bool = True              # warm-up and cosine to zero; else x 0.98 per 1000 steps
+    clip_jointly: bool = True        # one gradient norm for all parameters; else each parameter by itself
+    gain_db: float = 12.0            # segments are made softer by up to this many dB
+    learning_rate: float = 1e-3      # at its peak
+
+
+RECIPES = {"default": Recipe(), "course": Recipe(False, False, False, False, False, False, 0.0, 6e-4)}
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """Every number a transcriber's constructor takes; the course's defaults."""
+
+    cnn_unit: int = 48   # channels of the first two convolutions; the third has twice as many
+    fc_unit: int = 256   # features of a frame after the convolution stack
+    lstm_unit: int = 88  # hidden units in each direction
+
+
+class BatchNorm(nn.modules.batchnorm._BatchNorm):
+    """Batch norm over every dimension but the second that, under DistributedDataParallel, sees the joint batch of all ranks.
+
+    nn.SyncBatchNorm does this on GPUs alone; the gradients of several CPU processes have to equal one process's as well.
+    Ioffe & Szegedy, ICML 2015.
+    """
+
+    def _check_input_dim(self, x: Tensor) -> None:
+        pass
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not (self.training and dist.is_initialized() and dist.get_world_size() > 1):
+            return super().forward(x)
+        from torch.distributed.nn.functional import all_reduce  # the differentiable one; a slow import that few need
+        wide, ranks = x.float(), dist.get_world_size()
+        dims = [d for d in range(x.dim()) if d != 1]
+        moments = torch.stack([wide.mean(dims), wide.square().mean(dims)])                # (2, C); ranks have equal batches
+        mean, square = all_reduce(moments) / ranks
+        var = (square - mean.square()).clamp(min=0)
+        with torch.no_grad():
+            count = ranks * x.numel() // x.shape[1]
+            self.num_batches_tracked += 1
+            self.running_mean.lerp_(mean, self.momentum)
+            self.running_var.lerp_(var * count / max(count - 1, 1), self.momentum)
+        shape = [1, -1] + [1] * (x.dim() - 2)
+        scale = self.weight * torch.rsqrt(var + self.eps)
+        return (wide * scale.view(shape) + (self.bias - mean * scale).view(shape)).to(x.dtype)
+
+
+class Dropout(nn.Module):
+    """Dropout (Srivastava et al., JMLR 2014) that spends one random byte on each feature instead of one random number.
+
+    On a CPU the numbers that nn.Dropout draws took a quarter of a training step. p counts in steps of 1/256.
+    """
+
+    def __init__(self, p: float) -> None:
+        super().__init__()
+        self.p = p
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not self.training or self.p == 0:
+            return x
+        words = torch.empty(-(-x.numel() // 8), dtype=torch.int64, device=x.device)
+        drawn = words.random_(-2**63, None).view(torch.uint8)[:x.numel()]
+        kept = (drawn >= round(256 * self.p)).to(x.dtype).mul_(1 / (1 - self.p))
+        # laid out as x is, so that channels-last memory is walked in order
+        return x * (kept.as_strided(x.shape, x.stride()) if dense(x) else kept.view(x.shape))
+
+    def extra_repr(self) -> str:
+        return f"p={self.p}"
+
+
+def dense(x: Tensor) -> bool:
+    """Whether x fills its memory without gaps, in any order of dimensions."""
+    return x.is_contiguous() or (x.dim() == 4 and x.is_contiguous(memory_format=torch.channels_last))
+
+
+class LogMelSpectrogram(nn.Module):
+    """Audio to the natural log of its mel power, clamped at 1e-9; window t is centred where `notes.py` puts frame t."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.melspectrogram = torchaudio.transforms.MelSpectrogram(
+            SAMPLE_RATE, N_FFT, hop_length=HOP_SIZE, f_min=F_MIN, f_max=F_MAX, n_mels=N_MELS, center=False)
+
+    def forward(self, audio: Tensor) -> Tensor:
+        """(B, S) float in [-1, 1] -> (B, S // HOP_SIZE, M)."""
+        return self.of_padded(nn.functional.pad(audio, (SIDE, SIDE)))
+
+    def of_padded(self, audio: Tensor) -> Tensor:
+        """The same for audio that comes with SIDE samples before its first frame and after its last."""
+        with torch.autocast(audio.device.type, enabled=False):
+            return self.melspectrogram(audio.float()).clamp(min=1e-9).log().transpose(1, 2)
+
+
+class ConvStack(nn.Module):
+    """The acoustic model of Kelz et al., ISMIR 2016 (their ConvNet), in the form of Hawthorne et al. 2018."""
+
+    def __init__(self, n_mels: int, cnn_unit: int, fc_unit: int) -> None:
+        super().__init__()
+        self.cnn = nn.Sequential(
+            nn.Conv2d(1, cnn_unit, 3, padding=1), BatchNorm(cnn_unit), nn.ReLU(),
+            nn.Conv2d(cnn_unit, cnn_unit, 3, padding=1), BatchNorm(cnn_unit), nn.ReLU(),
+            nn.MaxPool2d((1, 2)), Dropout(0.25),
+            nn.Conv2d(cnn_unit, cnn_unit * 2, 3, padding=1), BatchNorm(cnn_unit * 2), nn.ReLU(),
+            nn.MaxPool2d((1, 2)), Dropout(0.25))
+        self.fc = nn.Sequential(nn.Linear(cnn_unit * 2 * (n_mels // 4), fc_unit), Dropout(0.5))
+
+    def forward(self, mel: Tensor) -> Tensor:
+        """(B, T, M) -> (B, T, fc_unit)."""
+        x = self.cnn(mel.unsqueeze(1))                                    # (B, 1, T, M) -> (B, C, T, M // 4)
+        return self.fc(x.transpose(1, 2).flatten(2))                      # (B, T, C * M // 4) -> (B, T, fc_unit)
+
+
+def bi_lstm(inputs: int, units: int) -> nn.LSTM:
+    """Two layers, both directions: (B, T, inputs) -> (B, T, 2 * units)."""
+    return nn.LSTM(inputs, units, num_layers=2, batch_first=True, bidirectional=True)
+
+
+class Transcriber(nn.Module):
+    """What the transcribers share. A new one gives `convolve` and `recur`, and a row in MODELS.
+
+    `convolve` looks at most CONTEXT frames to either side, so a long recording goes through it in chunks; `recur` sees the
+    whole. `thresholds` are the probabilities from which an onset and a frame count; they travel in the checkpoint.
+    """
+
+    def __init__(self, sizes: Sizes, recipe: Recipe) -> None:
+        super().__init__()
+        self.sizes, self.recipe = sizes, recipe
+        self.thresholds = {"onset": 0.5, "frame": 0.5}
+        self.melspectrogram = LogMelSpectrogram()
+        self.mel_norm = BatchNorm(N_MELS) if recipe.normalise_mel else nn.Identity()
+
+    def conv_stack(self) -> ConvStack:
+        return ConvStack(N_MELS, self.sizes.cnn_unit, self.sizes.fc_unit)
+
+    def norm(self, features: int) -> nn.Module:
+        """Layer norm before a recurrent layer (Ba et al. 2016), where the recipe has it."""
+        return nn.LayerNorm(features) if self.recipe.normalise_features else nn.Identity()
+
+    def output(self, inputs: int, rate: float) -> nn.Linear:
+        """The last layer of a head; in the default recipe it starts by saying the base rate of its events everywhere."""
+        layer = nn.Linear(inputs, N_KEYS)
+        if self.recipe.base_rate_bias:
+            nn.init.constant_(layer.bias, math.log(rate / (1 - rate)))
+        return layer
+
+    def convolve(self, mel: Tensor) -> tuple[Tensor, ...]:
+        """(B, T, M) -> features of every branch, (B, T, C) each."""
+        raise NotImplementedError
+
+    def recur(self, *features: Tensor) -> tuple[Tensor, Tensor]:
+        """Features (B, T, C) -> frame logits and onset logits, (B, T, K) each."""
+        raise NotImplementedError
+
+    def features(self, mel: Tensor) -> tuple[Tensor, ...]:
+        return self.convolve(self.mel_norm(mel.transpose(1, 2)).transpose(1, 2))
+
+    def forward(self, audio: Tensor) -> tuple[Tensor, Tensor]:
+        """(B, S) float in [-1, 1] -> frame logits and onset logits, (B, S // HOP_SIZE, K) each."""
+        return self.recur(*self.features(self.melspectrogram(audio)))
+
+    @torch.inference_mode()
+    def infer(self, audio: Tensor, chunk_frames: int = CHUNK_FRAMES) -> tuple[Tensor, Tensor]:
+        """Logits of one recording of any length: the convolutions in chunks, the recurrent layers over the whole.
+
+        Args:
+            audio: (S,) float in [-1, 1]; less than a frame of it is padded to one.
+            chunk_frames: how many frames are convolved at a time. It changes speed and memory, not the result.
+
+        Returns:
+            Frame logits and onset logits, (T, K) float32 each, on the CPU.
+        """
+        device = next(self.parameters()).device
+        n_frames = max(1, len(audio) // HOP_SIZE)
+        parts = []
+        for start in range(0, n_frames, chunk_frames):
+            stop = min(start + chunk_frames, n_frames)
+            low, high = max(0, start - CONTEXT), min(n_frames, stop + CONTEXT)
+            first, last = low * HOP_SIZE - SIDE, high * HOP_SIZE + SIDE             # the samples those frames see
+            chunk = audio[max(0, first) : last].to(device)
+            chunk = nn.functional.pad(chunk, (max(0, -first), 0))
+            chunk = nn.functional.pad(chunk, (0, last - first - len(chunk)))
+            with autocast(device):
+                features = self.features(self.melspectrogram.of_padded(chunk[None]))  # (1, T', C) each
+            parts.append([feature[:, start - low : stop - low].float() for feature in features])
+        logits = self.recur(*(torch.cat(branch, dim=1) for branch in zip(*parts)))
+        return tuple(logit[0].cpu() for logit in logits)
+
+
+class Baseline(Transcriber):
+    """ConvStack and a linear layer for each head (Kelz et al. 2016)."""
+
+    def __init__(self, sizes: Sizes, recipe: Recipe) -> None:
+        super().__init__(sizes, recipe)
+        self.frame_conv_stack, self.onset_conv_stack = self.conv_stack(), self.conv_stack()
+        self.frame_fc = self.output(sizes.fc_unit, FRAME_RATE)
+        self.onset_fc = self.output(sizes.fc_unit, ONSET_RATE)
+
+    def convolve(self, mel: Tensor) -> tuple[Tensor, ...]:
+        return self.frame_conv_stack(mel), self.onset_conv_stack(mel)
+
+    def recur(self, frame: Tensor, onset: Tensor) -> tuple[Tensor, Tensor]:
+        return self.frame_fc(frame), self.onset_fc(onset)
+
+
+class RNN(Transcriber):
+    """Two bidirectional LSTM layers straight on the log-mel for each head (cf. Boeck & Schedl, ICASSP 2012)."""
+
+    def __init__(self, sizes: Sizes, recipe: Recipe) -> None:
+        super().__init__(sizes, recipe)
+        self.frame_lstm, self.onset_lstm = bi_lstm(N_MELS, sizes.lstm_unit), bi_lstm(N_MELS, sizes.lstm_unit)
+        self.frame_fc = self.output(2 * sizes.lstm_unit, FRAME_RATE)
+        self.onset_fc = self.output(2 * sizes.lstm_unit, ONSET_RATE)
+
+    def convolve(self, mel: Tensor) -> tuple[Tensor, ...]:
+        return (mel,)
+
+    def recur(self, mel: Tensor) -> tuple[Tensor, Tensor]:
+        return self.frame_fc(self.frame_lstm(mel)[0]), self.onset_fc(self.onset_lstm(mel)[0])
+
+
+class CRNN(Transcriber):
+    """ConvStack and two bidirectional LSTM layers for each head: Hawthorne et al. 2018 without the onset cue."""
+
+    def __init__(self, sizes: Sizes, recipe: Recipe) -> None:
+        super().__init__(sizes, recipe)
+        self.frame_conv_stack, self.onset_conv_stack = self.conv_stack(), self.conv_stack()
+        self.frame_norm, self.onset_norm = self.norm(sizes.fc_unit), self.norm(sizes.fc_unit)
+        self.frame_lstm, self.onset_lstm = (bi_lstm(sizes.fc_unit, sizes.lstm_unit) for _ in range(2))
+        self.frame_fc = self.output(2 * sizes.lstm_unit, FRAME_RATE)
+        self.onset_fc = self.output(2 * sizes.lstm_unit, ONSET_RATE)
+
+    def convolve(self, mel: Tensor) -> tuple[Tensor, ...]:
+        return self.frame_norm(self.frame_conv_stack(mel)), self.onset_norm(self.onset_conv_stack(mel))
+
+    def recur(self, frame: Tensor, onset: Tensor) -> tuple[Tensor, Tensor]:
+        return self.frame_fc(self.frame_lstm(frame)[0]), self.onset_fc(self.onset_lstm(onset)[0])
+
+
+class OnsetsAndFrames(Transcriber):
+    """Hawthorne et al., ISMIR 2018, figure 1, less the first sigmoid: the frame branch is told what the onset branch heard.
+
+    The cue is detached: the frame loss must not teach the onset branch.
+    """
+
+    def __init__(self, sizes: Sizes, recipe: Recipe) -> None:
+        super().__init__(sizes, recipe)
+        self.frame_conv_stack, self.onset_conv_stack = self.conv_stack(), self.conv_stack()
+        self.onset_norm, self.combined_norm = self.norm(sizes.fc_unit), self.norm(2 * N_KEYS)
+        self.onset_lstm = bi_lstm(sizes.fc_unit, sizes.lstm_unit)
+        self.onset_fc = self.output(2 * sizes.lstm_unit, ONSET_RATE)
+        self.frame_fc = nn.Linear(sizes.fc_unit, N_KEYS)
+        self.combined_lstm = bi_lstm(2 * N_KEYS, sizes.lstm_unit)
+        self.combined_fc = self.output(2 * sizes.lstm_unit, FRAME_RATE)
+
+    def convolve(self, mel: Tensor) -> tuple[Tensor, ...]:
+        return self.frame_fc(self.frame_conv_stack(mel)), self.onset_norm(self.onset_conv_stack(mel))
+
+    def recur(self, frame: Tensor, onset: Tensor) -> tuple[Tensor, Tensor]:
+        onset = self.onset_fc(self.onset_lstm(onset)[0])                            # (B, T, C) -> (B, T, K)
+        combined = self.combined_norm(torch.cat([frame, onset.detach()], dim=-1))   # (B, T, 2K)
+        return self.combined_fc(self.combined_lstm(combined)[0]), onset
+
+
+MODELS = {"baseline": Baseline, "rnn": RNN, "crnn": CRNN, "onf": OnsetsAndFrames}
+
+
+def build_model(name: str, sizes: Sizes = Sizes(), recipe: Recipe = Recipe()) -> Transcriber:
+    """A fresh transcriber of MODELS, in channels-last memory where convolutions are fastest."""
+    return MODELS[name](sizes, recipe).to(memory_format=torch.channels_last)
+
+
+def n_parameters(model: nn.Module) -> int:
+    """Trainable numbers; the spectrogram's filters are buffers and do not count."""
+    return sum(p.numel() for p in model.parameters())
+
+
+def autocast(device: torch.device) -> torch.autocast:
+    """bfloat16 where the hardware multiplies it faster than float32: CUDA, and CPUs with AMX or AVX512-BF16."""
+    fast = device.type == "cuda" or (device.type == "cpu" and platform.machine() in ("x86_64", "AMD64")
+                                     and (torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported()))
+    return torch.autocast(device.type, dtype=torch.bfloat16, enabled=fast)
+
+
+def constants_dict() -> dict[str, int]:
+    return {name: value for name, value in vars(constants).items() if name.isupper()}
+
+
+def save_checkpoint(path: str | Path, model: Transcriber, **training: Any) -> None:
+    """Write one file that holds all that evaluation, transcription and further training need, in plain types.
+
+    Args:
+        training: what only the training loop knows: step, optimizer, scheduler, random state, data, arguments.
+
+    Raises:
+        OSError: the file cannot be written; an older one is left as it was.
+    """
+    name = next(name for name, made in MODELS.items() if type(model) is made)
+    state = {"model": name, "sizes": dataclasses.asdict(model.sizes), "recipe": dataclasses.asdict(model.recipe),
+             "constants": constants_dict(), "thresholds": model.thresholds, "weights": model.state_dict(),
+             "versions": {"torch": torch.__version__ + "", "python": platform.python_version()}, **training}
+    with written_whole(path) as temporary:
+        try:
+            torch.save(state, temporary)
+        except RuntimeError as error:  # what torch makes of a full disk
+            raise OSError(str(error).splitlines()[0]) from error
+
+
+def read_checkpoint(path: str | Path) -> dict[str, Any]:
+    """Read a checkpoint's contents and compare its constants with the code's; never runs code that a file may hold.
+
+    The course's own files (`model_state_dict`, `cnn_unit`, `fc_unit`) are read as its baseline.
+
+    Raises:
+        OSError: there is no such file.
+        ValueError: it is no checkpoint, is truncated, holds code, or was made with other constants.
+    """
+    try:
+        with open(path, "rb") as file:
+            state = torch.load(file, map_location="cpu", weights_only=True)
+    except OSError as error:
+        raise OSError(f"{path}: cannot be read ({error.strerror})") from error
+    except Exception as error:  # torch raises many kinds for a broken file
+        holds_code = "weights_only" in str(error).lower() or "unsupported" in str(error).lower()
+        reason = "holds code or other things than weights" if holds_code else "is not a checkpoint, or not a whole one"
+        raise ValueError(f"{path}: {reason}; train.py writes such files") from error
+    if isinstance(state, dict) and {"model_state_dict", "cnn_unit", "fc_unit"} <= state.keys():
+        sizes = Sizes(state["cnn_unit"], state["fc_unit"])
+        state = {"model": "baseline", "sizes": dataclasses.asdict(sizes), "recipe": dataclasses.asdict(RECIPES["course"]),
+                 "constants": constants_dict(), "thresholds": {"onset": 0.5, "frame": 0.5}, "step": state.get("step", 0),
+                 "weights": state["model_state_dict"]}
+    if not isinstance(state, dict) or not {"model", "sizes", "recipe", "constants", "thresholds", "weights"} <= state.keys():
+        raise ValueError(f"{path}: is a PyTorch file but not a checkpoint of train.py")
+    for name, value in constants_dict().items():
+        if (found := state["constants"].get(name)) != value:
+            raise ValueError(f"{path}: was made with {name} = {found}, and constants.py says {value}")
+    if state["model"] not in MODELS:
+        raise ValueError(f"{path}: holds a {state['model']!r} model, known are {', '.join(MODELS)}")
+    return state
+
+
+def model_of(state: dict[str, Any], path: str | Path) -> Transcriber:
+    """Build the transcriber that `read_checkpoint` read from `path`, in eval mode on the CPU.
+
+    Raises:
+        ValueError: its weights do not fit its sizes.
+    """
+    try:
+        model = build_model(state["model"], Sizes(**state["sizes"]), Recipe(**state["recipe"]))
+        model.load_state_dict(state["weights"])
+        model.thresholds = {head: float(state["thresholds"][head]) for head in ("onset", "frame")}
+    except (TypeError, RuntimeError, KeyError) as error:
+        raise ValueError(f"{path}: does not fit this version of the models ({str(error).splitlines()[0]})") from error
+    return model.eval()
+
+
+def load_checkpoint(path: str | Path, device: str | torch.device = "cpu") -> Transcriber:
+    """The transcriber in a checkpoint, in eval mode on `device`; raises as `read_checkpoint` and `model_of` do."""
+    return model_of(read_checkpoint(path), path).to(device)
+
+
+def pick_device(name: str = "auto") -> torch.device:
+    """The device of that name, or the best there is.
+
+    Raises:
+        ValueError: this machine has no such device.
+    """
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    try:
+        torch.empty(1, device=name)
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(f"device {name!r}: {str(error).splitlines()[0]}") from error
+    return torch.device(name)

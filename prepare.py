@@ -1,0 +1,1 @@
+def make_demo(p): raise ValueError("not yet")

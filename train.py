@@ -1,0 +1,370 @@
+"""Train a transcriber: `python train.py --model onf`. On several GPUs or hosts: `torchrun --nproc_per_node N train.py …`."""
+
+import argparse
+import contextlib
+import ctypes
+import dataclasses
+import datetime
+import math
+import os
+import signal
+import sys
+import time
+from pathlib import Path
+from typing import Any, Iterator
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn.utils import clip_grad_norm_
+from tqdm import tqdm
+
+import prepare
+from constants import HOP_SIZE, SAMPLE_RATE
+from dataset import Recording, Segments, load_split, read_table
+from evaluate import (evaluate_split, format_table, predict, score, summarise, tune_thresholds, write_json, write_results,
+                      estimated_notes)
+from files import written_whole
+from model import (MODELS, RECIPES, Recipe, Sizes, Transcriber, autocast, build_model, model_of, n_parameters, pick_device,
+                   read_checkpoint, save_checkpoint)
+from notes import write_midi
+
+MAX_NORM = 3.0           # of the gradient; Hawthorne et al. 2018
+WARM_UP = 100            # steps until the learning rate is at its peak
+VALIDATION_SECONDS = 60  # of each validation recording, so that a whole MAESTRO does not stall training
+REPORTED = ("metric/loss/frame_loss", "metric/loss/onset_loss", "metric/frame/frame_f1", "metric/frame/onset_f1",
+            "metric/note/f1", "metric/note-with-offsets/f1")
+DEBUG = {"iterations": 150, "batch_size": 8, "sequence_length": 51200, "validation_interval": 50, "learning_rate": 2e-3}
+DEBUG_RECORDINGS = 10
+FIXED = ("model", "recipe", "sequence_length", "batch_size", "learning_rate", "weight_decay", "cnn_unit", "fc_unit", "seed")
+
+
+def keep_pages() -> None:
+    """Let glibc keep freed memory for the next step: handing fresh pages to each was nearly half of a step on the CPU."""
+    with contextlib.suppress(OSError, AttributeError):  # not glibc: nothing to tune
+        mallopt = ctypes.CDLL(None).mallopt
+        mallopt(-4, 0)         # M_MMAP_MAX: no big block gets a mapping of its own, to be unmapped when freed
+        mallopt(-1, -1)        # M_TRIM_THRESHOLD: never give the top of the heap back
+        mallopt(-2, 64 << 20)  # M_TOP_PAD: grow by 64 MiB at a time
+
+
+def learning_rate_factor(recipe: Recipe, iterations: int, step: int) -> float:
+    """What the learning rate is multiplied by in step 0, 1, …: warm-up and cosine, or the course's x 0.98 per 1000 steps."""
+    if not recipe.cosine:
+        return 0.98 ** (step // 1000)
+    warm_up = min(WARM_UP, iterations // 10 + 1)
+    if step < warm_up:
+        return (step + 1) / warm_up
+    return 0.5 * (1 + math.cos(math.pi * (step - warm_up) / max(1, iterations - warm_up)))
+
+
+def rank_and_world() -> tuple[int, int]:
+    """This process's number and how many train together; (0, 1) without torchrun."""
+    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+
+
+def batches(segments: Segments, batch_size: int, first: int, last: int, workers: int, device: torch.device) -> Iterator[dict]:
+    """The batches of steps first to last; each rank gets its share of each, and all shares make the batch of one process."""
+    rank, world = rank_and_world()
+    share = batch_size // world
+    numbers = [range((step - 1) * batch_size + rank * share, (step - 1) * batch_size + (rank + 1) * share)
+               for step in range(first, last + 1)]
+    loader = torch.utils.data.DataLoader(segments, batch_sampler=numbers, num_workers=workers, pin_memory=device.type == "cuda")
+    for batch in loader:
+        yield {name: value.to(device, non_blocking=True) if name != "recording" else value for name, value in batch.items()}
+
+
+def losses_of(model: nn.Module, batch: dict[str, Tensor], device: torch.device) -> dict[str, Tensor]:
+    """Binary cross entropy of each head against its own roll."""
+    with autocast(device):
+        frame_logit, onset_logit = model(batch["audio"])                                   # (B, T, K) each
+    bce = nn.functional.binary_cross_entropy_with_logits
+    return {"frame_loss": bce(frame_logit.float(), batch["frame"]), "onset_loss": bce(onset_logit.float(), batch["onset"])}
+
+
+def clip_gradients(model: nn.Module, recipe: Recipe) -> None:
+    for group in [list(model.parameters())] if recipe.clip_jointly else [[p] for p in model.parameters()]:
+        clip_grad_norm_(group, MAX_NORM)
+
+
+def any_rank(*flags: bool) -> list[bool]:
+    """Whether each flag is up in any rank, so that all leave the loop together."""
+    if rank_and_world()[1] == 1:
+        return list(flags)
+    device = "cuda" if dist.get_backend() == "nccl" else "cpu"
+    raised = torch.tensor(flags, dtype=torch.int32, device=device)
+    dist.all_reduce(raised, dist.ReduceOp.MAX)
+    return [bool(flag) for flag in raised]
+
+
+def validate(model: Transcriber, recordings: list[Recording]) -> dict[str, float]:
+    """Mean validation metrics; where the recipe says so, the model's thresholds are tuned on the same recordings first."""
+    model.eval()
+    logits = predict(model, recordings)
+    if model.recipe.tune_thresholds:
+        model.thresholds = tune_thresholds(recordings, logits)
+    rows = [score(recording, logit, model.thresholds) for recording, logit in zip(recordings, logits)]
+    model.train()
+    return {name: mean for name, (mean, _) in summarise(rows).items()}
+
+
+class StopRequest:
+    """Ctrl-C or SIGTERM asks the loop to stop after its step; a second Ctrl-C stops at once."""
+
+    def __init__(self) -> None:
+        self.number = 0
+        self.before = {number: signal.signal(number, self.note) for number in (signal.SIGINT, signal.SIGTERM)}
+
+    def note(self, number: int, _: Any) -> None:
+        if self.number and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        self.number = number
+
+    def restore(self) -> None:
+        for number, handler in self.before.items():
+            signal.signal(number, handler)
+
+
+def build_parser(**defaults: Any) -> argparse.ArgumentParser:
+    def positive(kind: type) -> Any:
+        def parse(text: str) -> Any:
+            if not (value := kind(text)) > 0 or not math.isfinite(value):
+                raise ValueError
+            return value
+        parse.__name__ = f"positive {kind.__name__}"
+        return parse
+
+    def frames(text: str) -> int:
+        if (samples := int(text)) < HOP_SIZE or samples % HOP_SIZE:
+            raise argparse.ArgumentTypeError(f"{samples} samples are not whole frames of {HOP_SIZE}")
+        return samples
+
+    def zero_or_more(text: str) -> float:
+        if not 0 <= (value := float(text)) < math.inf:
+            raise ValueError
+        return value
+
+    def count(text: str) -> int:
+        if (value := int(text)) < 0:
+            raise ValueError
+        return value
+
+    parser = argparse.ArgumentParser(description="Train a piano transcriber, choose its best checkpoint on validation, score it on test.",
+                                     formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    add = parser.add_argument
+    add("--model", "--model_type", type=str.lower, choices=tuple(MODELS), default="onf", help="which transcriber")
+    add("--recipe", choices=tuple(RECIPES), default="default", help="course: the homework's exact training, for its logs")
+    add("--data", default="data", help="data folder, see prepare.py")
+    add("--iterations", "-i", type=positive(int), default=5000, help="training steps")
+    add("--batch_size", "-b", type=positive(int), default=16, help="segments in a step, over all processes")
+    add("--sequence_length", "-v", type=frames, default=102400, help="samples in a segment")
+    add("--learning_rate", "-lr", type=positive(float), help="at its peak; by default the recipe's: "
+        + ", ".join(f"{recipe.learning_rate:g} for {name}" for name, recipe in RECIPES.items()))
+    add("--weight_decay", "-wd", type=zero_or_more, default=0.0, help="Adam's L2 penalty")
+    add("--validation_interval", "-vi", type=positive(int), default=500, help="steps between validations and checkpoints")
+    add("--cnn_unit", "-cnn", type=positive(int), default=Sizes.cnn_unit, help="channels of the first convolutions")
+    add("--fc_unit", "-fc", type=positive(int), default=Sizes.fc_unit, help="features of a frame after the convolutions")
+    add("--seed", type=count, default=0, help="of weights, segments and dropout")
+    add("--logdir", type=Path, help="run folder; by default runs/exp_ and the time, or the resumed run's")
+    add("--save_midi", action="store_true", help="write what is heard in the test recordings as MIDI files")
+    add("--resume", type=Path, metavar="CKPT", help="go on from this checkpoint as if never stopped")
+    add("--debug", action="store_true", help="the whole path at toy size in about three minutes; makes the demo data if there is none")
+    add("--num_workers", type=count, default=0, help="processes that cut segments ahead; they change no result")
+    add("--device", default="auto", help="auto, cpu, cuda or mps")
+    parser.set_defaults(**defaults)
+    return parser
+
+
+def typed_flags(argv: list[str] | None) -> dict[str, Any]:
+    """Only the flags that were typed."""
+    parser = build_parser()
+    for action in parser._actions:
+        action.default = argparse.SUPPRESS
+    return vars(parser.parse_args(argv))
+
+
+def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
+    """Typed flags win over those of `--debug` or of the resumed run, which win over the defaults.
+
+    Raises:
+        OSError, ValueError: the checkpoint to resume cannot be read, or a typed flag contradicts it.
+    """
+    typed = typed_flags(argv)
+    if "resume" in typed:
+        state = read_checkpoint(typed["resume"])
+        if "optimizer" not in state:
+            raise ValueError(f"{typed['resume']}: holds weights only and cannot be resumed")
+        for name in FIXED:
+            if name in typed and typed[name] != state["arguments"][name]:
+                raise ValueError(f"--{name} {typed[name]}: the resumed run has {state['arguments'][name]}, start a new run to change it")
+        args = build_parser(**state["arguments"]).parse_args(argv)
+        args.logdir = typed.get("logdir", typed["resume"].parent)
+        args.state = state
+    else:
+        args = build_parser(**(DEBUG if typed.get("debug") else {})).parse_args(argv)
+        args.learning_rate = args.learning_rate or RECIPES[args.recipe].learning_rate
+        args.state = None
+    world = int(os.environ.get("WORLD_SIZE", 1))
+    if args.batch_size % world:
+        raise ValueError(f"--batch_size {args.batch_size}: does not divide among {world} processes")
+    args.data_typed = "data" in typed
+    return args
+
+
+def load_data(args: argparse.Namespace) -> dict[str, list[Recording]]:
+    """The three splits; with --debug a few recordings of each, of a demo set made on the spot where there is no data.
+
+    Raises:
+        OSError, ValueError: as load_split does.
+    """
+    if args.debug and not args.data_typed and args.state is None:
+        try:
+            read_table(args.data)
+        except (OSError, ValueError):
+            args.data = str(Path(args.data) / "demo")
+            if not (Path(args.data) / "data.json").exists():
+                if rank_and_world()[0] == 0:
+                    prepare.make_demo(Path(args.data))
+                if dist.is_initialized():
+                    dist.barrier()
+    limit = DEBUG_RECORDINGS if args.debug else None
+    return {split: load_split(args.data, split, limit) for split in ("train", "validation", "test")}
+
+
+def train(args: argparse.Namespace, data: dict[str, list[Recording]], device: torch.device) -> int:
+    """The run itself: loop, validations, checkpoints, and the test split once at the end. Returns the exit status."""
+    rank, world = rank_and_world()
+    recipe = RECIPES[args.recipe]
+    torch.manual_seed(args.seed)
+    if args.state:
+        model = model_of(args.state, args.resume).to(device)
+    else:
+        model = build_model(args.model, Sizes(args.cnn_unit, args.fc_unit), recipe).to(device)
+    model.train()
+    optimizer = torch.optim.Adam(model.parameters(), args.learning_rate, weight_decay=args.weight_decay,
+                                 fused=device.type in ("cpu", "cuda"))
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: learning_rate_factor(recipe, args.iterations, step))
+    first, best = 1, -1.0
+    if args.state:
+        optimizer.load_state_dict(args.state["optimizer"])
+        schedule.load_state_dict(args.state["scheduler"])
+        first, best = args.state["step"] + 1, args.state["best"]
+    parallel = nn.parallel.DistributedDataParallel(model, [device] if device.type == "cuda" else None) if world > 1 else model
+    minutes = {split: sum(len(r.audio) for r in recordings) / SAMPLE_RATE / 60 for split, recordings in data.items()}
+    validation = [recording.until(VALIDATION_SECONDS) for recording in data["validation"]]
+    config = {name: str(value) if isinstance(value, Path) else value for name, value in vars(args).items()
+              if name not in ("state", "data_typed", "resume", "logdir", "device")}
+    description = {"folder": args.data, "recordings": {split: len(recordings) for split, recordings in data.items()},
+                   "minutes": {split: round(value, 1) for split, value in minutes.items()}}
+    run = args.logdir or Path("runs") / datetime.datetime.now().strftime("exp_%y%m%d-%H%M%S")
+    log, writer = (tqdm.write if rank == 0 else lambda _: None), None
+    log(f"{args.model}, {n_parameters(model):,} parameters, recipe {args.recipe}, seed {args.seed}, on {device}"
+        + (f" x {world}" if world > 1 else "") + f", into {run}\n"
+        + f"data {args.data}: " + ", ".join(f"{len(data[split])} {split} ({minutes[split]:.1f} min)" for split in data)
+        + f"\nsteps {first} to {args.iterations} of {args.batch_size} x {args.sequence_length / SAMPLE_RATE:.1f} s")
+    if rank == 0:
+        from torch.utils.tensorboard import SummaryWriter  # slow to import, and only needed here
+        write_json(run / "config.json", {**config, "recipe_entries": dataclasses.asdict(recipe), "data_description": description})
+        writer = SummaryWriter(str(run), purge_step=first)
+
+    def save(step: int, name: str) -> Path:
+        if rank == 0:
+            save_checkpoint(run / name, model, optimizer=optimizer.state_dict(), scheduler=schedule.state_dict(), step=step,
+                            best=best, data=description, arguments=config)
+        return run / name
+
+    segments = Segments(data["train"], args.sequence_length, args.seed, recipe.gain_db)
+    stop = StopRequest()
+    try:
+        bar = tqdm(range(first, args.iterations + 1), initial=first - 1, total=args.iterations, disable=rank != 0, dynamic_ncols=True)
+        for step, batch in zip(bar, batches(segments, args.batch_size, first, args.iterations, args.num_workers, device)):
+            # dropout too is drawn from the seed and the step alone: that is the whole random state of a run
+            torch.manual_seed(int(np.random.SeedSequence((args.seed, step, rank)).generate_state(1, np.uint64)[0] >> 1))
+            losses = losses_of(parallel, batch, device)
+            loss = sum(losses.values())
+            broken, stopping = any_rank(not torch.isfinite(loss).item(), bool(stop.number))
+            if broken:
+                names = ", ".join(data["train"][i].name for i in sorted(set(batch["recording"].tolist())))
+                raise FloatingPointError(f"step {step}: the loss is {loss.item()}; recordings of the batch: {names}")
+            optimizer.zero_grad()
+            loss.backward()
+            clip_gradients(model, recipe)
+            optimizer.step()
+            schedule.step()
+            bar.set_postfix_str(f"loss {loss.item():.4f}")
+            if writer and (step % 10 == 0 or step == 1):
+                for name, value in {**losses, "learning_rate": torch.tensor(optimizer.param_groups[0]["lr"])}.items():
+                    writer.add_scalar(f"train/{name}", value.item(), step)
+            validating = step % args.validation_interval == 0 or step == args.iterations
+            if validating and rank == 0:
+                scores = validate(model, validation)
+                for name, value in scores.items():
+                    writer.add_scalar(name, value, step)
+                log(f"step {step}\n" + "\n".join(f"{name:30}: {scores[name]:.4f}" for name in REPORTED))
+                if scores["metric/note/f1"] > best:
+                    best = scores["metric/note/f1"]
+                    save(step, "model-best.pt")
+                writer.flush()
+            if validating or stopping:
+                path = save(step, f"model-{step}.pt")
+            if validating and world > 1:
+                dist.barrier()  # the others wait for rank 0
+            if stopping and step < args.iterations:
+                log(f"stopped after step {step}; go on with: python train.py --resume {path}")
+                return 128 + stop.number
+    finally:
+        stop.restore()
+        if writer:
+            writer.close()
+    if rank == 0:
+        test(run, args, data["test"], device, log)
+    if world > 1:
+        dist.barrier()
+    return 0
+
+
+def test(run: Path, args: argparse.Namespace, recordings: list[Recording], device: torch.device, log: Any) -> None:
+    """Score the best checkpoint on the test split and write results.txt, .json and .csv. Raises OSError."""
+    path = run / "model-best.pt"
+    model = model_of(read_checkpoint(path), path).to(device)
+    rows = evaluate_split(model, recordings)
+    table = format_table(summarise(rows))
+    about = {"checkpoint": path.name, "data": str(args.data), "split": "test", "reference": "midi", "sustain_extended": True,
+             "thresholds": model.thresholds}
+    with written_whole(run / "results.txt") as temporary:
+        temporary.write_text(table + "\n", encoding="utf-8")
+    write_results(run / "results.json", recordings, rows, **about)
+    log(f"test, {len(rows)} whole recordings, {path}, thresholds {model.thresholds}\n{table}")
+    if args.save_midi:
+        for recording, logits in zip(recordings, predict(model, recordings)):
+            write_midi(run / "midi" / Path(recording.name).with_suffix(".midi"), estimated_notes(logits, model.thresholds))
+
+
+def main(argv: list[str] | None = None) -> int:
+    keep_pages()
+    try:
+        args = parse_args(argv)
+        device = pick_device(args.device)
+        if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+            if device.type == "cuda":
+                device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+                torch.cuda.set_device(device)
+            # the others wait while rank 0 makes data, validates and tests, so be patient
+            dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=datetime.timedelta(hours=6))
+        data = load_data(args)
+    except (OSError, ValueError) as error:
+        print(f"train.py: {error}", file=sys.stderr)
+        return 1
+    try:
+        return train(args, data, device)
+    except (OSError, FloatingPointError) as error:  # a full disk; a loss that is no number
+        print(f"train.py: {error}", file=sys.stderr)
+        return 1
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    sys.exit(main())
