@@ -2,9 +2,9 @@
 
 import shutil
 import subprocess
+from collections.abc import Iterable, Iterator
 from importlib import resources
 from pathlib import Path
-from typing import Iterable, Iterator
 
 import numpy as np
 import pretty_midi

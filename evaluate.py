@@ -2,7 +2,6 @@
 
 import argparse
 import csv
-import json
 import sys
 from pathlib import Path
 from typing import Any
@@ -14,7 +13,7 @@ from tqdm import tqdm
 
 from constants import HOP_SIZE, MIN_MIDI, SAMPLE_RATE
 from dataset import SPLITS, Recording, load_split
-from files import written_whole
+from files import write_json, written_whole
 from model import Transcriber, model_of, pick_device, read_checkpoint
 from notes import Notes, frames_to_seconds, notes_to_rolls
 
@@ -157,12 +156,6 @@ def summarise(rows: list[dict[str, float]]) -> dict[str, tuple[float, float]]:
 def format_table(summary: dict[str, tuple[float, float]]) -> str:
     """One line a metric: name, mean +- standard deviation."""
     return "\n".join(f"{name:38}: {mean:.4f} +- {std:.4f}" for name, (mean, std) in summary.items())
-
-
-def write_json(path: str | Path, content: Any) -> None:
-    """Write plain data as JSON, whole or not at all; raises OSError."""
-    with written_whole(path) as temporary:
-        temporary.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
 
 
 def write_results(path: Path, recordings: list[Recording], rows: list[dict[str, float]], **about: Any) -> None:

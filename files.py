@@ -1,9 +1,11 @@
 """Files that are written whole or not at all."""
 
 import contextlib
+import json
 import os
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Iterator
+from typing import Any
 
 
 @contextlib.contextmanager
@@ -26,3 +28,9 @@ def written_whole(path: str | Path) -> Iterator[Path]:
         raise OSError(f"{path}: cannot be written ({error.strerror or error})") from error
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def write_json(path: str | Path, content: Any) -> None:
+    """Write plain data as JSON, whole or not at all; raises OSError."""
+    with written_whole(path) as temporary:
+        temporary.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")

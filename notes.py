@@ -118,21 +118,30 @@ def hold_with_pedal(notes: Notes, pedal: list[tuple[float, int]], end: float) ->
     return Notes(intervals[sounds], pitches[sounds], velocities[sounds])
 
 
-def read_midi(path: str | Path) -> Notes:
-    """Read the notes a MIDI file sounds, sustain pedal included; drums and pitches off the keyboard are left out.
+def open_midi(path: str | Path) -> pretty_midi.PrettyMIDI:
+    """Parse a MIDI file.
 
     Raises:
         OSError: the file cannot be opened.
         ValueError: it is not a MIDI file, or a broken one.
     """
     try:
-        midi = pretty_midi.PrettyMIDI(str(path))
+        return pretty_midi.PrettyMIDI(str(path))
     except OSError as error:
         if error.errno is None:  # mido says "MThd not found" with a bare OSError
             raise ValueError(f"{path}: is not a whole MIDI file ({error})") from error
         raise OSError(f"{path}: cannot be read ({error.strerror})") from error
     except Exception as error:  # mido and pretty_midi raise whatever the broken bytes lead to
         raise ValueError(f"{path}: is not a whole MIDI file ({error or type(error).__name__})") from error
+
+
+def read_midi(path: str | Path) -> Notes:
+    """Read the notes a MIDI file sounds, sustain pedal included; drums and pitches off the keyboard are left out.
+
+    Raises:
+        OSError, ValueError: as open_midi does.
+    """
+    midi = open_midi(path)
     end = midi.get_end_time()
     parts = []
     for instrument in midi.instruments:
@@ -148,16 +157,17 @@ def read_midi(path: str | Path) -> Notes:
     return hold_with_pedal(together, [], end)  # two staves may share a key
 
 
-def write_midi(path: str | Path, notes: Notes) -> None:
-    """Write notes as a one-track piano MIDI file at 120 BPM.
-
-    Raises:
-        OSError: the file cannot be written.
-    """
+def notes_to_midi(notes: Notes) -> pretty_midi.PrettyMIDI:
+    """Notes as one piano track at 120 BPM."""
     midi = pretty_midi.PrettyMIDI(resolution=TICKS_PER_BEAT, initial_tempo=120)
     piano = pretty_midi.Instrument(program=0, name="piano")
     piano.notes = [pretty_midi.Note(int(velocity), int(pitch), float(onset), float(offset))
                    for (onset, offset), pitch, velocity in zip(notes.intervals, notes.pitches, notes.velocities)]
     midi.instruments.append(piano)
+    return midi
+
+
+def write_midi(path: str | Path, notes: Notes) -> None:
+    """Write notes as a MIDI file; raises OSError."""
     with written_whole(path) as temporary:
-        midi.write(str(temporary))
+        notes_to_midi(notes).write(str(temporary))

@@ -1,1 +1,382 @@
-def make_demo(p): raise ValueError("not yet")
+"""Make data folders in the layout that `dataset.py` reads: `python prepare.py demo|maestro|maps|render|check …`.
+
+Every command can be stopped and started again: a recording that was finished is not made twice.
+"""
+
+import argparse
+import hashlib
+import os
+import shutil
+import sys
+from collections import Counter, defaultdict
+from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pretty_midi
+import soundfile
+from tqdm import tqdm
+
+from audio import default_soundfont, has_fluidsynth, load_audio, render_midi, save_audio
+from constants import MAX_MIDI, MIN_MIDI, SAMPLE_RATE
+from dataset import SPLITS, find_audio, read_table
+from files import write_json, written_whole
+from notes import SUSTAIN_PEDAL, Notes, notes_to_midi, open_midi, read_midi, write_midi
+
+DEMO_SECONDS = 30
+DEMO_COUNTS = {"train": 10, "validation": 3, "test": 3}
+MAPS_TEST_PIANOS = ("ENSTDkAm", "ENSTDkCl")  # the Disklavier, near and far: test in Hawthorne et al. 2018
+HELD_OUT = 10           # one composition in this many is validation, where a source has no split of its own
+MATCH_SECONDS = 0.05    # as far apart a MAPS note list and its MIDI file may put one note
+NO_VELOCITY = 64        # for a note of a list that its MIDI file lacks
+SLACK_SECONDS = 1.0     # by which a recording's length may miss its table's, or its MIDI file's
+
+Row = dict[str, Any]
+
+
+def rank_of(text: str) -> str:
+    """A fixed pseudo-random order of names that no other name's presence disturbs."""
+    return hashlib.sha1(text.encode()).hexdigest()
+
+
+def run_jobs(out: Path, jobs: list[tuple[Callable[..., float], tuple, Row]], workers: int) -> int:
+    """Make the recordings of `jobs` in several processes, write OUT/data.json, and say in one line what came of it.
+
+    Args:
+        jobs: for each recording a function, its arguments after the audio's and the MIDI's path, and its row; the function
+            makes both files and returns the audio's seconds.
+
+    Returns:
+        The exit status: 1 if a recording failed. It is named, the others are kept.
+    """
+    rows, n_kept, n_failed = [], 0, 0
+    with ProcessPoolExecutor(workers) as pool:
+        results = []
+        for function, arguments, row in jobs:
+            audio, midi = out / row["audio_filename"], out / row["midi_filename"]
+            done = audio.is_file() and midi.is_file()
+            n_kept += done
+            results.append((row, pool.submit(seconds_of, audio) if done else pool.submit(function, audio, midi, *arguments)))
+        for row, result in tqdm(results, out.name, unit="recording", disable=None):
+            try:
+                rows.append({**row, "duration": round(result.result(), 3)})
+            except (OSError, ValueError) as error:
+                n_failed += 1
+                tqdm.write(f"prepare.py: {error}", file=sys.stderr)
+    if rows:
+        write_json(out / "data.json", rows)
+    counts = Counter(row["split"] for row in rows)
+    print(f"{out}: {len(rows)} recordings ({', '.join(f'{counts[split]} {split}' for split in SPLITS)}), "
+          f"{sum(row['duration'] for row in rows) / 60:.1f} minutes; {n_kept} were there, {n_failed} failed")
+    return 1 if n_failed or not rows else 0
+
+
+def seconds_of(audio: Path) -> float:
+    """The length of a file that was made before; raises ValueError where it is broken."""
+    try:
+        return soundfile.info(audio).duration
+    except soundfile.LibsndfileError as error:
+        raise ValueError(f"{audio}: is broken, delete it and run again") from error
+
+
+def convert(audio: Path, midi: Path, from_audio: Path, from_midi: Path) -> float:
+    """Any audio to 16 kHz mono, in the format of its new name; the MIDI file as it is."""
+    samples = load_audio(from_audio)
+    read_midi(from_midi)  # a broken one is worth knowing about now
+    save_audio(audio, [samples])
+    with written_whole(midi) as temporary:
+        shutil.copyfile(from_midi, temporary)
+    return len(samples) / SAMPLE_RATE
+
+
+# --- demo ---
+
+def demo_texture(random: np.random.Generator, start: float) -> list[tuple[float, float, int]]:
+    """A few seconds of one kind of piano writing: (onset, offset, pitch) each."""
+    root, step = int(random.integers(36, 73)), float(random.uniform(0.09, 0.3))
+    scale = np.array([0, 2, 4, 5, 7, 9, 11, 12, 14, 16, 17, 19, 21, 23, 24])
+    chord = np.array([0, 4, 7, 12, 16, 19, 24]) - np.array([0, random.integers(2), 0, 0, 0, 0, 0])
+    length = step * float(random.uniform(0.4, 1.1))
+    match random.integers(5):
+        case 0:  # chords
+            beats = start + np.arange(4) * 3 * step
+            return [(beat + random.uniform(0, 0.02), beat + 2.7 * step, root + shift + int(tone))
+                    for beat, shift in zip(beats, random.integers(-5, 8, 4)) for tone in random.permutation(chord)[:4]]
+        case 1:  # a scale, up or down
+            run = scale if random.random() < 0.5 else scale[::-1]
+            return [(start + i * step, start + i * step + length, root + int(tone)) for i, tone in enumerate(run)]
+        case 2:  # a broken chord
+            return [(start + i * step, start + i * step + 2 * length, root + int(chord[(i * 3) % len(chord)])) for i in range(16)]
+        case 3:  # one key again and again
+            return [(start + i * step, start + i * step + min(length, 0.8 * step), root) for i in range(10)]
+        case _:  # a melody over slow low notes
+            melody = [(start + i * 2 * step, start + (i * 2 + 1.7) * step, root + 12 + int(random.choice(scale))) for i in range(8)]
+            return melody + [(start + i * 8 * step, start + (i * 8 + 7.5) * step, root - 12 + 5 * i) for i in range(2)]
+
+
+def demo_piece(seed: int) -> pretty_midi.PrettyMIDI:
+    """Half a minute of generated piano music, soft to loud, half of it pedalled."""
+    random = np.random.default_rng(seed)
+    midi = pretty_midi.PrettyMIDI(resolution=960)
+    piano = pretty_midi.Instrument(program=0)
+    start = 0.3
+    while start < DEMO_SECONDS - 4:
+        notes = demo_texture(random, start)
+        loudness = random.uniform(35, 105)
+        free: dict[int, float] = {}  # when each key comes up
+        for onset, offset, pitch in sorted(notes):
+            if MIN_MIDI <= pitch <= MAX_MIDI and onset > free.get(pitch, -1):
+                velocity = int(np.clip(loudness + random.normal(0, 8), 15, 127))
+                piano.notes.append(pretty_midi.Note(velocity, pitch, onset, offset))
+                free[pitch] = offset + 0.02
+        end = max(offset for _, offset, _ in notes)
+        if random.random() < 0.5:
+            piano.control_changes += [pretty_midi.ControlChange(SUSTAIN_PEDAL, 127, start),
+                                      pretty_midi.ControlChange(SUSTAIN_PEDAL, 0, end + 0.3)]
+            end += 0.35
+        start = end + random.uniform(0.05, 0.4)
+    midi.instruments.append(piano)
+    return midi
+
+
+def make_demo_recording(audio: Path, midi: Path, seed: int, with_fluidsynth: bool) -> float:
+    piece = demo_piece(seed)
+    with written_whole(midi) as temporary:
+        piece.write(str(temporary))
+    if with_fluidsynth:
+        save_audio(audio, render_midi(open_midi(midi)))
+    else:  # pretty_midi's synthesis knows no pedal, so the notes are held for it
+        samples = notes_to_midi(read_midi(midi)).synthesize(SAMPLE_RATE)
+        save_audio(audio, [samples / max(1.0, 4 * float(np.abs(samples).max()))])
+    return seconds_of(audio)
+
+
+def make_demo(out: Path, workers: int | None = None) -> int:
+    """A small set of generated pieces, rendered on the spot. Returns the exit status."""
+    if not (with_fluidsynth := has_fluidsynth()):
+        print("prepare.py: libfluidsynth is missing (apt-get install fluidsynth), so the demo set gets plain synthetic tones")
+    jobs, seed = [], 0
+    for split, count in DEMO_COUNTS.items():
+        for _ in range(count):
+            name = f"{split}/demo{seed:02d}"
+            row = {"canonical_composer": "demo", "canonical_title": f"piece {seed}", "split": split, "year": 0,
+                   "midi_filename": f"{name}.midi", "audio_filename": f"{name}.flac"}
+            jobs.append((make_demo_recording, (seed, with_fluidsynth), row))
+            seed += 1
+    return run_jobs(out, jobs, workers or os.cpu_count())
+
+
+# --- maestro ---
+
+def choose_maestro(rows: list[Row], counts: dict[str, int]) -> list[Row]:
+    """A fixed choice of so many recordings a split, the years in turn; without the chamber music that v2 holds."""
+    chosen = []
+    for split, count in counts.items():
+        years = defaultdict(list)
+        for row in sorted(rows, key=lambda row: rank_of(row["midi_filename"])):
+            text = f"{row['canonical_title']} {row['midi_filename']}".lower()
+            if row["split"] == split and "chamber" not in text:
+                years[str(row["year"])].append(row)
+        turns = [(turn, year, row) for year, queue in years.items() for turn, row in enumerate(queue)]
+        chosen += [row for _, _, row in sorted(turns, key=lambda item: item[:2])[:count]]
+    return chosen
+
+
+def make_maestro(source: Path, out: Path, counts: dict[str, int] | None, workers: int) -> int:
+    """The course's subset, or all, of an official MAESTRO download, as 16 kHz mono FLAC."""
+    rows = read_table(source)
+    rows = choose_maestro(rows, counts) if counts else rows
+    jobs = []
+    for row in rows:
+        target = {**row, "audio_filename": str(Path(row["audio_filename"]).with_suffix(".flac"))}
+        # where the audio is missing the job says so, beside the others' results
+        jobs.append((convert_row, (source, row["audio_filename"], source / row["midi_filename"]), target))
+    print(f"choice {rank_of(' '.join(sorted(row['midi_filename'] for row in rows)))[:12]} of {len(rows)} recordings")
+    return run_jobs(out, jobs, workers)
+
+
+def convert_row(audio: Path, midi: Path, source: Path, name: str, from_midi: Path) -> float:
+    return convert(audio, midi, find_audio(source, name), from_midi)
+
+
+# --- maps ---
+
+def read_maps_list(path: Path, midi: Path) -> Notes:
+    """A MAPS note list (OnsetTime, OffsetTime, MidiPitch), its velocities taken from the MIDI file beside it.
+
+    The lists are the reference of Emiya et al., IEEE TASLP 2010; their offsets are meant to include the sustain pedal.
+    """
+    try:
+        table = np.loadtxt(path, skiprows=1, ndmin=2)
+    except ValueError as error:
+        raise ValueError(f"{path}: is not a MAPS note list ({error})") from error
+    if table.shape[1:] != (3,):
+        raise ValueError(f"{path}: is not a MAPS note list of three columns")
+    played = read_midi(midi)
+    velocities = []
+    for onset, _, pitch in table:
+        apart = np.where(played.pitches == pitch, np.abs(played.intervals[:, 0] - onset), np.inf)
+        near = int(np.argmin(apart)) if len(apart) else 0
+        velocities.append(played.velocities[near] if len(apart) and apart[near] <= MATCH_SECONDS else NO_VELOCITY)
+    keep = table[:, 1] > table[:, 0]
+    return Notes(table[keep, :2], table[keep, 2], np.array(velocities)[keep])
+
+
+def convert_maps(audio: Path, midi: Path, from_audio: Path) -> float:
+    notes = read_maps_list(from_audio.with_suffix(".txt"), from_audio.with_suffix(".mid"))
+    samples = load_audio(from_audio)
+    save_audio(audio, [samples])
+    write_midi(midi, notes)
+    return len(samples) / SAMPLE_RATE
+
+
+def make_maps(source: Path, out: Path, workers: int) -> int:
+    """The MAPS database with the split of Hawthorne et al. 2018: the Disklavier is test, the others train on other pieces."""
+    found = []
+    for path in sorted(source.glob("**/MUS/*.wav")):
+        piano = path.parent.parent.name
+        composition = path.stem.removeprefix("MAPS_MUS-").removesuffix(f"_{piano}")
+        found.append((path, piano, composition))
+    if not found:
+        raise ValueError(f"{source}: holds no PIANO/MUS/*.wav")
+    tested = {composition for _, piano, composition in found if piano in MAPS_TEST_PIANOS}
+    jobs = []
+    for path, piano, composition in found:
+        if piano not in MAPS_TEST_PIANOS and composition in tested:
+            continue
+        held_out = int(rank_of(composition), 16) % HELD_OUT == 0
+        split = "test" if piano in MAPS_TEST_PIANOS else "validation" if held_out else "train"
+        row = {"canonical_composer": composition.split("_")[0].split("-")[0], "canonical_title": composition, "split": split,
+               "year": piano, "midi_filename": f"{piano}/{path.stem}.midi", "audio_filename": f"{piano}/{path.stem}.flac"}
+        jobs.append((convert_maps, (path,), row))
+    return run_jobs(out, jobs, workers)
+
+
+# --- render ---
+
+def render_file(audio: Path, midi: Path, source: Path, soundfont: Path) -> float:
+    read_midi(source)
+    save_audio(audio, render_midi(open_midi(source), soundfont))
+    with written_whole(midi) as temporary:
+        shutil.copyfile(source, temporary)
+    return seconds_of(audio)
+
+
+def make_render(source: Path, out: Path, soundfonts: list[Path], workers: int) -> int:
+    """Every MIDI performance under a folder, played on every SoundFont.
+
+    A piece, that is the folder a file lies in, or the file where it lies at the top, goes whole into one split.
+    """
+    if not has_fluidsynth():
+        raise ValueError("libfluidsynth is missing: apt-get install fluidsynth")
+    files = sorted(path for path in source.glob("**/*") if path.suffix.lower() in (".mid", ".midi"))
+    if not files:
+        raise ValueError(f"{source}: holds no .mid or .midi files")
+    for soundfont in soundfonts:
+        if not soundfont.is_file():
+            raise OSError(f"{soundfont}: no such SoundFont")
+    jobs = []
+    for path in files:
+        name = path.relative_to(source)
+        piece = str(name.parent) if len(name.parts) > 1 else name.stem
+        place = int(rank_of(piece), 16) % HELD_OUT
+        split = {0: "validation", 1: "test"}.get(place, "train")
+        for soundfont in soundfonts:
+            target = Path(soundfont.stem) / name
+            row = {"canonical_composer": name.parts[0], "canonical_title": piece, "split": split, "year": soundfont.stem,
+                   "midi_filename": str(target.with_suffix(".midi")), "audio_filename": str(target.with_suffix(".flac"))}
+            jobs.append((render_file, (path, soundfont), row))
+    return run_jobs(out, jobs, workers)
+
+
+# --- check ---
+
+def faults_of(folder: Path, row: Row) -> list[str]:
+    """What is wrong with one recording."""
+    try:
+        audio = load_audio(find_audio(folder, row["audio_filename"]))
+        notes = read_midi(folder / row["midi_filename"])
+    except (OSError, ValueError) as error:
+        return [str(error)]
+    seconds, faults = len(audio) / SAMPLE_RATE, []
+    if row["split"] not in SPLITS:
+        faults.append(f"its split {row['split']!r} is none of {', '.join(SPLITS)}")
+    if abs(seconds - row["duration"]) > SLACK_SECONDS:
+        faults.append(f"lasts {seconds:.1f} s, the table says {row['duration']:.1f} s")
+    if not np.any(audio):
+        faults.append("the audio is silent")
+    if not len(notes):
+        faults.append("the MIDI file has no notes")
+    elif notes.intervals[-1, 0] > seconds + SLACK_SECONDS:
+        faults.append(f"its last note begins at {notes.intervals[-1, 0]:.1f} s, the audio ends at {seconds:.1f} s")
+    return [f"{row['audio_filename']}: {fault}" for fault in faults]
+
+
+def check(folder: Path, workers: int) -> int:
+    """Read every recording of a data folder and name the bad ones. Returns 1 if there are any."""
+    rows = read_table(folder)
+    with ProcessPoolExecutor(workers) as pool:
+        results = [pool.submit(faults_of, folder, row) for row in rows]
+        faults = [result.result() for result in tqdm(results, str(folder), unit="recording", disable=None)]
+    splits = defaultdict(set)
+    for row in rows:
+        splits[row["canonical_composer"], row["canonical_title"]].add(row["split"])
+    crossing = [" / ".join(piece) for piece, found in splits.items() if len(found) > 1]
+    for line in [line for lines in faults for line in lines] + [f"{piece}: is in more than one split" for piece in crossing]:
+        print(line)
+    n_bad = sum(bool(lines) for lines in faults)
+    print(f"{folder}: {len(rows)} recordings read, {n_bad} bad, {len(crossing)} pieces in more than one split")
+    return 1 if n_bad or crossing else 0
+
+
+def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
+    def count(text: str) -> int:
+        if (value := int(text)) < 1:
+            raise ValueError
+        return value
+
+    parser = argparse.ArgumentParser(description="Make a data folder: audio at 16 kHz, MIDI files, and the data.json that names them.")
+    commands = parser.add_subparsers(dest="command", required=True)
+
+    def command(name: str, text: str, *paths: tuple[str, str]) -> argparse.ArgumentParser:
+        sub = commands.add_parser(name, help=text, description=text, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+        for path, meaning in paths:
+            sub.add_argument(path, type=Path, help=meaning)
+        sub.add_argument("--num_workers", type=count, default=os.cpu_count(), help="processes")
+        return sub
+
+    out = ("out", "the data folder to make")
+    command("demo", "a small set of generated pieces, rendered on the spot", out)
+    maestro = command("maestro", "the course's subset of an official MAESTRO download", ("source", "the unpacked download"), out)
+    for split, number in (("train", 100), ("validation", 20), ("test", 50)):
+        maestro.add_argument(f"--{split}", type=count, default=number, help=f"recordings of the {split} split")
+    maestro.add_argument("--all", action="store_true", help="the whole set")
+    command("maps", "the MAPS database, ENSTDkAm and ENSTDkCl as test", ("source", "the folder with the pianos' folders"), out)
+    render = command("render", "MIDI performances, played on SoundFonts", ("source", "a folder of MIDI files"), out)
+    render.add_argument("--soundfont", type=Path, nargs="+", default=[default_soundfont()], help="each plays everything")
+    command("check", "read everything and name what is bad", ("folder", "a data folder"))
+    return parser.parse_args(argv)
+
+
+def main(argv: list[str] | None = None) -> int:
+    args = parse_args(argv)
+    try:
+        if args.command == "demo":
+            return make_demo(args.out, args.num_workers)
+        if args.command == "maestro":
+            counts = None if args.all else {split: getattr(args, split) for split in SPLITS}
+            return make_maestro(args.source, args.out, counts, args.num_workers)
+        if args.command == "maps":
+            return make_maps(args.source, args.out, args.num_workers)
+        if args.command == "render":
+            return make_render(args.source, args.out, args.soundfont, args.num_workers)
+        return check(args.folder, args.num_workers)
+    except (OSError, ValueError) as error:
+        print(f"prepare.py: {error}", file=sys.stderr)
+        return 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -9,9 +9,9 @@ import math
 import os
 import signal
 import sys
-import time
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, Iterator
+from typing import Any
 
 import numpy as np
 import torch
@@ -23,11 +23,22 @@ from tqdm import tqdm
 import prepare
 from constants import HOP_SIZE, SAMPLE_RATE
 from dataset import Recording, Segments, load_split, read_table
-from evaluate import (evaluate_split, format_table, predict, score, summarise, tune_thresholds, write_json, write_results,
-                      estimated_notes)
-from files import written_whole
-from model import (MODELS, RECIPES, Recipe, Sizes, Transcriber, autocast, build_model, model_of, n_parameters, pick_device,
-                   read_checkpoint, save_checkpoint)
+from evaluate import estimated_notes, evaluate_split, format_table, predict, score, summarise, tune_thresholds, write_results
+from files import write_json, written_whole
+from model import (
+    MODELS,
+    RECIPES,
+    Recipe,
+    Sizes,
+    Transcriber,
+    autocast,
+    build_model,
+    model_of,
+    n_parameters,
+    pick_device,
+    read_checkpoint,
+    save_checkpoint,
+)
 from notes import write_midi
 
 MAX_NORM = 3.0           # of the gradient; Hawthorne et al. 2018

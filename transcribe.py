@@ -1,0 +1,139 @@
+"""Recordings to notes: `python transcribe.py ckpt.pt song.flac [more files or folders]`."""
+
+import argparse
+import sys
+from pathlib import Path
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+from audio import has_fluidsynth, load_audio, render_midi, save_audio
+from constants import F_MAX, F_MIN, HOP_SIZE, MAX_MIDI, MIN_MIDI, SAMPLE_RATE
+from evaluate import extract_notes, probability
+from files import written_whole
+from model import LogMelSpectrogram, Transcriber, load_checkpoint, pick_device
+from notes import Notes, notes_to_midi, write_midi
+
+SUFFIXES = (".wav", ".flac", ".mp3", ".ogg", ".oga", ".opus", ".aiff", ".aif", ".aifc", ".au", ".caf", ".w64", ".rf64",
+            ".m4a", ".mp4", ".aac", ".wma", ".webm", ".mka")  # what is picked out of a folder; a named file may be called anything
+MARK = "_transcribed"    # ends the stem of every file written here, which are not taken for recordings
+PICTURE_SECONDS = 60     # how much of a recording its picture shows
+
+
+def find_recordings(paths: list[Path]) -> list[tuple[Path, Path]]:
+    """The recordings among files and folders, each with the path that its results are named by, relative to the output.
+
+    Raises:
+        OSError: there is no such file or folder.
+        ValueError: a folder holds no recordings, or two would write the same files.
+    """
+    found = []
+    for path in paths:
+        if path.is_dir():
+            inside = sorted(file for file in path.rglob("*") if file.suffix.lower() in SUFFIXES and not file.stem.endswith(MARK))
+            if not inside:
+                raise ValueError(f"{path}: holds no recordings ({', '.join(SUFFIXES)})")
+            found += [(file, file.relative_to(path)) for file in inside]
+        elif path.exists():
+            found.append((path, Path(path.name)))
+        else:
+            raise OSError(f"{path}: no such file or folder")
+    named = {}
+    for path, name in found:
+        target = name.with_name(name.stem + MARK)
+        if target in named:
+            raise ValueError(f"{path} and {named[target]} would both write {target}.midi; transcribe them into different folders")
+        named[target] = path
+    return [(path, target) for target, path in named.items()]
+
+
+def draw(path: Path, audio: np.ndarray, notes: Notes, ref: Notes | None = None) -> None:
+    """Draw a piano roll over the log-mel of a recording's first minute as PNG.
+
+    Args:
+        audio: (S,) float32.
+        ref: notes to draw beneath for comparison, as outlines.
+
+    Raises:
+        OSError: the picture cannot be written.
+    """
+    from matplotlib.figure import Figure  # slow to import; Figure alone needs no screen
+    seconds = min(PICTURE_SECONDS, len(audio) / SAMPLE_RATE)
+    log_mel = LogMelSpectrogram()(torch.from_numpy(audio[: round(seconds * SAMPLE_RATE)])[None])[0].numpy()  # (T, M)
+    figure = Figure(figsize=(max(6, 2 + seconds / 4), 7), layout="constrained")
+    top, bottom = figure.subplots(2, 1, sharex=True)
+    top.imshow(log_mel.T, origin="lower", aspect="auto", cmap="magma", extent=(0, seconds, 0, log_mel.shape[1]))
+    top.set(ylabel=f"mel band, {F_MIN} to {F_MAX} Hz", title=f"log-mel and {'estimated notes' if ref is None else 'notes, outlined: reference'}"
+            f", the first {seconds:.0f} s")
+    for some, style in ((notes, {"facecolors": "tab:blue", "edgecolors": "none"}),
+                        (ref, {"facecolors": "none", "edgecolors": "black", "linewidths": 0.7})):
+        if some is not None:
+            shown = some.until(seconds)
+            bottom.hlines([], 0, 1)
+            for (onset, offset), pitch in zip(shown.intervals, shown.pitches):
+                bottom.broken_barh([(onset, offset - onset)], (pitch - 0.4, 0.8), **style)
+    bottom.set(xlabel="seconds", ylabel="MIDI pitch", xlim=(0, seconds), ylim=(MIN_MIDI - 1, MAX_MIDI + 1))
+    with written_whole(path) as temporary:
+        figure.savefig(temporary, dpi=100)
+
+
+def transcribe(model: Transcriber, audio: np.ndarray) -> tuple[Notes, np.ndarray, np.ndarray]:
+    """Notes, and the onset and frame probabilities (T, 88) they were read from, of (S,) float32 audio."""
+    frame, onset = (probability(logit.numpy()) for logit in model.infer(torch.from_numpy(audio)))
+    return extract_notes(onset, frame, model.thresholds["onset"], model.thresholds["frame"]), onset, frame
+
+
+def write_all(base: Path, audio: np.ndarray, notes: Notes, onset: np.ndarray, frame: np.ndarray, sound: bool) -> None:
+    """Write `base` with .npz, .midi, .png and, if `sound`, .wav. Raises OSError."""
+    with written_whole(base.with_name(base.name + ".npz")) as temporary:
+        np.savez_compressed(temporary, onset=onset.astype(np.float16), frame=frame.astype(np.float16), intervals=notes.intervals,
+                            pitches=notes.pitches, velocities=notes.velocities, hop_seconds=HOP_SIZE / SAMPLE_RATE)
+    write_midi(base.with_name(base.name + ".midi"), notes)
+    draw(base.with_name(base.name + ".png"), audio, notes)
+    if sound:
+        save_audio(base.with_name(base.name + ".wav"), render_midi(notes_to_midi(notes)))
+
+
+def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description="Transcribe piano recordings: NAME_transcribed.midi, .wav (the MIDI played), .png (piano "
+                                     "roll) and .npz (probabilities and notes).", formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser.add_argument("checkpoint", type=Path, help="a model-*.pt of train.py")
+    parser.add_argument("audio", type=Path, nargs="+", help="recordings, or folders of them, of any length, rate and channel count")
+    parser.add_argument("--save_path", type=Path, default=Path("."), help="folder for the results; a folder's recordings keep their subfolders")
+    parser.add_argument("--device", default="auto", help="auto, cpu, cuda or mps")
+    return parser.parse_args(argv)
+
+
+def main(argv: list[str] | None = None) -> int:
+    args = parse_args(argv)
+    try:
+        model = load_checkpoint(args.checkpoint, pick_device(args.device))
+        recordings = find_recordings(args.audio)
+    except (OSError, ValueError) as error:
+        print(f"transcribe.py: {error}", file=sys.stderr)
+        return 1
+    if not (sound := has_fluidsynth()):
+        print("transcribe.py: libfluidsynth is missing (apt-get install fluidsynth), so no .wav is written", file=sys.stderr)
+    status = 0
+    for path, target in tqdm(recordings, "transcribing", unit="recording", disable=None):
+        base = args.save_path / target
+        try:
+            audio = load_audio(path)
+        except (OSError, ValueError) as error:
+            tqdm.write(f"transcribe.py: {error}", file=sys.stderr)
+            status = 1
+            continue
+        notes, onset, frame = transcribe(model, audio)
+        try:
+            write_all(base, audio, notes, onset, frame, sound)
+        except OSError as error:
+            tqdm.write(f"transcribe.py: {error}", file=sys.stderr)
+            status = 1
+            continue
+        tqdm.write(f"{path}: {len(audio) / SAMPLE_RATE:.1f} s, {len(notes)} notes -> {base}.midi")
+    return status
+
+
+if __name__ == "__main__":
+    sys.exit(main())
