@@ -31,12 +31,14 @@ CHUNK_FRAMES = 512  # frames convolved at a time in a long recording, 16 s: big 
 class Recipe:
     """What the default recipe does differently from the course's (Hawthorne et al. 2018 as taught in the homework).
 
-    The course's model scores zero for its first thousands of steps, because un-normalised features saturate its recurrent
-    layers; the first three entries mend that. The rest is how it is trained.
+    The course's model scores zero for its first thousands of steps: un-normalised features saturate its recurrent layers,
+    and what comes out of two of them is too faint at first to learn from. The first four entries mend that. The rest is how
+    it is trained.
     """
 
     normalise_mel: bool = True       # batch norm of each mel band over time, as in Kong et al. 2021
     normalise_features: bool = True  # layer norm before each recurrent layer
+    residual: bool = True            # a linear path past the recurrent layers, which then learn what it lacks (He et al. 2016)
     base_rate_bias: bool = True      # output biases start at the log-odds of silence
     tune_thresholds: bool = True     # on validation; else 0.5 and 0.5
     cosine: bool = True              # warm-up and cosine to zero; else x 0.98 per 1000 steps
@@ -45,7 +47,7 @@ class Recipe:
     learning_rate: float = 1e-3      # at its peak
 
 
-RECIPES = {"default": Recipe(), "course": Recipe(False, False, False, False, False, False, 0.0, 6e-4)}
+RECIPES = {"default": Recipe(), "course": Recipe(False, False, False, False, False, False, False, 0.0, 6e-4)}
 
 
 @dataclass(frozen=True)
@@ -156,6 +158,12 @@ def bi_lstm(inputs: int, units: int) -> nn.LSTM:
     return nn.LSTM(inputs, units, num_layers=2, batch_first=True, bidirectional=True)
 
 
+def recurrent_head(features: Tensor, lstm: nn.LSTM, output: nn.Linear, path: nn.Linear | None) -> Tensor:
+    """(B, T, C) -> logits (B, T, K)."""
+    logit = output(lstm(features)[0])                                     # (B, T, C) -> (B, T, 2H) -> (B, T, K)
+    return logit if path is None else logit + path(features)
+
+
 class Transcriber(nn.Module):
     """What the transcribers share. A new one gives `convolve` and `recur`, and a row in MODELS.
 
@@ -176,6 +184,10 @@ class Transcriber(nn.Module):
     def norm(self, features: int) -> nn.Module:
         """Layer norm before a recurrent layer (Ba et al. 2016), where the recipe has it."""
         return nn.LayerNorm(features) if self.recipe.normalise_features else nn.Identity()
+
+    def path(self, inputs: int) -> nn.Linear | None:
+        """A head's linear path past its recurrent layers, where the recipe has it; the head's output layer has the bias."""
+        return nn.Linear(inputs, N_KEYS, bias=False) if self.recipe.residual else None
 
     def output(self, inputs: int, rate: float) -> nn.Linear:
         """The last layer of a head; in the default recipe it starts by saying the base rate of its events everywhere."""
@@ -249,6 +261,7 @@ class RNN(Transcriber):
     def __init__(self, sizes: Sizes, recipe: Recipe) -> None:
         super().__init__(sizes, recipe)
         self.frame_lstm, self.onset_lstm = bi_lstm(N_MELS, sizes.lstm_unit), bi_lstm(N_MELS, sizes.lstm_unit)
+        self.frame_path, self.onset_path = self.path(N_MELS), self.path(N_MELS)
         self.frame_fc = self.output(2 * sizes.lstm_unit, FRAME_RATE)
         self.onset_fc = self.output(2 * sizes.lstm_unit, ONSET_RATE)
 
@@ -256,7 +269,8 @@ class RNN(Transcriber):
         return (mel,)
 
     def recur(self, mel: Tensor) -> tuple[Tensor, Tensor]:
-        return self.frame_fc(self.frame_lstm(mel)[0]), self.onset_fc(self.onset_lstm(mel)[0])
+        return (recurrent_head(mel, self.frame_lstm, self.frame_fc, self.frame_path),
+                recurrent_head(mel, self.onset_lstm, self.onset_fc, self.onset_path))
 
 
 class CRNN(Transcriber):
@@ -267,6 +281,7 @@ class CRNN(Transcriber):
         self.frame_conv_stack, self.onset_conv_stack = self.conv_stack(), self.conv_stack()
         self.frame_norm, self.onset_norm = self.norm(sizes.fc_unit), self.norm(sizes.fc_unit)
         self.frame_lstm, self.onset_lstm = (bi_lstm(sizes.fc_unit, sizes.lstm_unit) for _ in range(2))
+        self.frame_path, self.onset_path = self.path(sizes.fc_unit), self.path(sizes.fc_unit)
         self.frame_fc = self.output(2 * sizes.lstm_unit, FRAME_RATE)
         self.onset_fc = self.output(2 * sizes.lstm_unit, ONSET_RATE)
 
@@ -274,7 +289,8 @@ class CRNN(Transcriber):
         return self.frame_norm(self.frame_conv_stack(mel)), self.onset_norm(self.onset_conv_stack(mel))
 
     def recur(self, frame: Tensor, onset: Tensor) -> tuple[Tensor, Tensor]:
-        return self.frame_fc(self.frame_lstm(frame)[0]), self.onset_fc(self.onset_lstm(onset)[0])
+        return (recurrent_head(frame, self.frame_lstm, self.frame_fc, self.frame_path),
+                recurrent_head(onset, self.onset_lstm, self.onset_fc, self.onset_path))
 
 
 class OnsetsAndFrames(Transcriber):
@@ -287,19 +303,19 @@ class OnsetsAndFrames(Transcriber):
         super().__init__(sizes, recipe)
         self.frame_conv_stack, self.onset_conv_stack = self.conv_stack(), self.conv_stack()
         self.onset_norm, self.combined_norm = self.norm(sizes.fc_unit), self.norm(2 * N_KEYS)
-        self.onset_lstm = bi_lstm(sizes.fc_unit, sizes.lstm_unit)
+        self.onset_lstm, self.onset_path = bi_lstm(sizes.fc_unit, sizes.lstm_unit), self.path(sizes.fc_unit)
         self.onset_fc = self.output(2 * sizes.lstm_unit, ONSET_RATE)
         self.frame_fc = nn.Linear(sizes.fc_unit, N_KEYS)
-        self.combined_lstm = bi_lstm(2 * N_KEYS, sizes.lstm_unit)
+        self.combined_lstm, self.combined_path = bi_lstm(2 * N_KEYS, sizes.lstm_unit), self.path(2 * N_KEYS)
         self.combined_fc = self.output(2 * sizes.lstm_unit, FRAME_RATE)
 
     def convolve(self, mel: Tensor) -> tuple[Tensor, ...]:
         return self.frame_fc(self.frame_conv_stack(mel)), self.onset_norm(self.onset_conv_stack(mel))
 
     def recur(self, frame: Tensor, onset: Tensor) -> tuple[Tensor, Tensor]:
-        onset = self.onset_fc(self.onset_lstm(onset)[0])                            # (B, T, C) -> (B, T, K)
-        combined = self.combined_norm(torch.cat([frame, onset.detach()], dim=-1))   # (B, T, 2K)
-        return self.combined_fc(self.combined_lstm(combined)[0]), onset
+        onset = recurrent_head(onset, self.onset_lstm, self.onset_fc, self.onset_path)          # (B, T, C) -> (B, T, K)
+        combined = self.combined_norm(torch.cat([frame, onset.detach()], dim=-1))               # (B, T, 2K)
+        return recurrent_head(combined, self.combined_lstm, self.combined_fc, self.combined_path), onset
 
 
 MODELS = {"baseline": Baseline, "rnn": RNN, "crnn": CRNN, "onf": OnsetsAndFrames}

@@ -1,0 +1,445 @@
+"""Decoding and metrics worked by hand, against a slow decoder and against mir_eval; `evaluate.py` run on a folder."""
+
+import csv
+import errno
+import json
+import math
+from pathlib import Path
+
+import mir_eval
+import numpy as np
+import pytest
+import torch
+
+import evaluate
+from constants import HOP_SIZE, MIN_MIDI, N_KEYS, SAMPLE_RATE
+from dataset import Recording, find_audio, load_recording, load_split, read_table
+from evaluate import (
+    estimated_notes,
+    evaluate_split,
+    extract_notes,
+    f1_of,
+    format_table,
+    note_metrics,
+    probability,
+    roll_metrics,
+    score,
+    summarise,
+    tune_thresholds,
+    write_results,
+)
+from model import load_checkpoint
+from notes import Notes, notes_to_rolls
+
+HOP = HOP_SIZE / SAMPLE_RATE  # seconds, 0.032
+HALF = {"onset": 0.5, "frame": 0.5}
+MAPS = Path(__file__).resolve().parents[2] / "shared" / "maps"
+
+
+def rolls(n_frames: int, onsets: dict[int, str] | None = None, frames: dict[int, str] | None = None) -> tuple[np.ndarray, np.ndarray]:
+    """An onset roll and a frame roll from strings: key -> "..X" marks frame 2."""
+    drawn = np.zeros((2, n_frames, N_KEYS), dtype=np.float32)
+    for roll, rows in zip(drawn, (onsets or {}, frames or {})):
+        for key, row in rows.items():
+            for t, mark in enumerate(row):
+                roll[t, key] = mark == "X"
+    return drawn[0], drawn[1]
+
+
+def spans(notes: Notes) -> list[tuple[int, int, int]]:
+    """(key, first frame, last frame) of each note, where a note of one frame ends half a frame after its centre."""
+    first, last = (notes.intervals / HOP - 0.5).T
+    return [(int(p) - MIN_MIDI, round(float(a)), int(b + 1e-6)) for p, a, b in zip(notes.pitches, first, last)]
+
+
+def slow_decoder(onset: np.ndarray, frame: np.ndarray, onset_threshold: float, frame_threshold: float) -> list[tuple[int, int, int]]:
+    """The same rule as a loop over keys and frames: (key, first frame, last frame)."""
+    found = []
+    n_frames, n_keys = onset.shape
+    for key in range(n_keys):
+        struck = [onset[t, key] >= onset_threshold for t in range(n_frames)]
+        sounds = [struck[t] or frame[t, key] >= frame_threshold for t in range(n_frames)]
+        for t in range(n_frames):
+            if struck[t] and not (t and struck[t - 1]):
+                end = t
+                while end + 1 < n_frames and sounds[end + 1] and not (struck[end + 1] and not struck[end]):
+                    end += 1
+                found.append((key, t, end))
+    return found
+
+
+# --- decoding ---
+
+@pytest.mark.parametrize("onsets, frames, expected", [
+    ("..X.......", "..XXXX....", [(2, 5)]),           # the plain case
+    ("..XXX.....", "..XXXXX...", [(2, 6)]),           # an onset over several frames is one note
+    ("..XXX.....", "....XXX...", [(2, 6)]),           # ... also where the frames come late
+    ("..XX......", "..........", [(2, 3)]),           # an onset without frames lasts as long as itself
+    ("..X.......", "..........", [(2, 2)]),
+    ("..........", "..XXXX....", []),                 # frames without an onset are no note
+    ("....X.....", "..XXXX....", [(4, 5)]),           # frames before the onset do not count
+    ("..X..X....", "..XXXXXX..", [(2, 4), (5, 7)]),   # a new onset ends the note before it
+    ("..XX.XX...", "..XXXXXX..", [(2, 4), (5, 7)]),
+    ("..X..X....", "..XX.XX...", [(2, 3), (5, 6)]),   # a gap ends it earlier
+    ("..X.X.....", "..........", [(2, 2), (4, 4)]),
+    ("..X.......", "..XX.XXX..", [(2, 3)]),           # what comes back without an onset is no note
+    ("X.........", "XXX.......", [(0, 2)]),           # first frame
+    (".........X", ".........X", [(9, 9)]),           # last frame
+    (".......X..", ".......XXX", [(7, 9)]),           # sounding to the end
+    ("XXXXXXXXXX", "..........", [(0, 9)]),
+])
+def test_one_key_by_hand(onsets, frames, expected):
+    for key in (0, 40, 87):
+        notes = extract_notes(*rolls(10, {key: onsets}, {key: frames}))
+        assert spans(notes) == [(key, first, last) for first, last in expected]
+
+
+def test_seconds_pitch_and_velocity_of_a_note():
+    """Frames 2 to 5: from the centre of the one, 0.08 s, to the centre of the other, 0.176 s."""
+    notes = extract_notes(*rolls(10, {39: "..X"}, {39: "..XXXX"}))
+    np.testing.assert_allclose(notes.intervals, [[0.080, 0.176]])
+    assert notes.pitches.tolist() == [60]
+    assert 1 <= notes.velocities[0] <= 127
+
+
+def test_a_note_of_one_frame_has_a_length():
+    notes = extract_notes(*rolls(10, {0: "...X"}))
+    np.testing.assert_allclose(notes.intervals, [[3.5 * HOP, 4.0 * HOP]])
+
+
+def test_all_keys_at_once():
+    notes = extract_notes(*rolls(6, dict.fromkeys(range(88), ".X"), dict.fromkeys(range(88), ".XXX")))
+    assert spans(notes) == [(key, 1, 3) for key in range(88)]
+    assert notes.pitches.tolist() == list(range(21, 109))
+
+
+def test_adjacent_keys_do_not_interfere():
+    """The end of one key's line and the beginning of the next lie side by side in the decoder's memory."""
+    assert spans(extract_notes(*rolls(6, {10: "....XX", 11: "XX...."}, {10: "....XX", 11: "XXX..."}))) == [(11, 0, 2), (10, 4, 5)]
+    assert spans(extract_notes(*rolls(6, {10: ".....X"}, {10: ".....X", 11: "XXXXXX"}))) == [(10, 5, 5)]
+    assert spans(extract_notes(*rolls(6, {11: "X....."}, {10: "XXXXXX", 11: "XX...."}))) == [(11, 0, 1)]
+    assert spans(extract_notes(*rolls(4, {87: "...X", 0: "X..."}, {87: "...X", 0: "XXXX"}))) == [(0, 0, 3), (87, 3, 3)]
+
+
+@pytest.mark.parametrize("n_frames", [0, 1, 10])
+def test_silence_gives_no_notes(n_frames):
+    notes = extract_notes(*rolls(n_frames))
+    assert len(notes) == 0 and notes.intervals.shape == (0, 2) and notes.pitches.shape == notes.velocities.shape == (0,)
+
+
+def test_rolls_of_two_shapes_are_an_error():
+    with pytest.raises(ValueError, match=r"\(5, 88\).*\(6, 88\)"):
+        extract_notes(np.zeros((5, 88)), np.zeros((6, 88)))
+
+
+def test_each_threshold_acts_on_its_own_roll():
+    onset, frame = rolls(10, {39: "..X....X"}, {39: "..XXXX.X"})
+    onset[2, 39], onset[7, 39] = 0.8, 0.4
+    frame[2:6, 39] = [0.9, 0.6, 0.6, 0.3]
+    assert spans(extract_notes(onset, frame)) == [(39, 2, 4)]
+    assert spans(extract_notes(onset, frame, onset_threshold=0.4)) == [(39, 2, 4), (39, 7, 7)]  # from 0.4, itself included
+    assert spans(extract_notes(onset, frame, onset_threshold=0.9)) == []
+    assert spans(extract_notes(onset, frame, frame_threshold=0.3)) == [(39, 2, 5)]
+    assert spans(extract_notes(onset, frame, frame_threshold=0.7)) == [(39, 2, 2)]
+    assert spans(extract_notes(onset, frame, 0.4, 0.7)) == [(39, 2, 2), (39, 7, 7)]
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_decoder_agrees_with_a_loop(seed):
+    random = np.random.default_rng(seed)
+    onset, frame = random.random((2, 60, N_KEYS)).astype(np.float32)
+    onset_threshold, frame_threshold = random.uniform(0.3, 0.9, 2)
+    expected = slow_decoder(onset, frame, onset_threshold, frame_threshold)
+    assert len(expected) > 300
+    assert sorted(spans(extract_notes(onset, frame, onset_threshold, frame_threshold))) == sorted(expected)
+
+
+def test_notes_of_an_hour_are_in_order():
+    random = np.random.default_rng(0)
+    onset = random.random((112500, N_KEYS), dtype=np.float32) ** 8
+    notes = extract_notes(onset, onset, 0.97, 0.9)
+    assert len(notes) > 10000 and (np.diff(notes.intervals[:, 0]) >= 0).all()
+    assert (notes.intervals[:, 1] > notes.intervals[:, 0]).all()
+
+
+# --- metrics ---
+
+def some_notes() -> Notes:
+    return Notes(np.array([[0.5, 1.0], [1.0, 1.5], [1.5, 2.5], [2.0, 2.2]]), [60, 64, 67, 72], [80] * 4)
+
+
+def test_f1_by_hand():
+    assert f1_of(6, 8, 12) == (0.75, 0.5, pytest.approx(0.6))
+    assert f1_of(0, 0, 0) == f1_of(0, 5, 0) == f1_of(0, 0, 5) == (0, 0, 0)
+
+
+def test_note_metrics_by_hand():
+    """Three of four onsets are hit, one of those by an offset too late; one note is invented. 60 is 30 ms early, 64 at the
+    wrong pitch, 67 ends 0.5 s late where 0.2 s are allowed, 72 is exact."""
+    est = Notes(np.array([[0.47, 1.0], [1.0, 1.5], [1.5, 3.0], [2.0, 2.2], [3.0, 3.1]]), [60, 65, 67, 72, 50], [80] * 5)
+    row = note_metrics(some_notes(), est)
+    assert row["metric/note/precision"] == pytest.approx(3 / 5) and row["metric/note/recall"] == pytest.approx(3 / 4)
+    assert row["metric/note/f1"] == pytest.approx(2 * 3 / 9)
+    assert row["metric/note-with-offsets/precision"] == pytest.approx(2 / 5)
+    assert row["metric/note-with-offsets/recall"] == pytest.approx(2 / 4)
+    assert row["metric/note-with-offsets/f1"] == pytest.approx(2 * 2 / 9)
+    # shared time over the time from the first onset to the last offset, of each matched pair
+    assert row["metric/note/overlap"] == pytest.approx((0.5 / 0.53 + 1.0 / 1.5 + 1) / 3)
+    assert row["metric/note-with-offsets/overlap"] == pytest.approx((0.5 / 0.53 + 1) / 2)
+
+
+@pytest.mark.parametrize("late, hit", [(0.04, 1), (0.0499, 1), (0.06, 0), (-0.0499, 1), (-0.06, 0)])
+def test_onsets_count_within_fifty_milliseconds(late, hit):
+    ref = Notes(np.array([[1.0, 2.0]]), [60], [80])
+    assert note_metrics(ref, Notes(ref.intervals + late, [60], [80]))["metric/note/f1"] == hit
+
+
+@pytest.mark.parametrize("end, hit", [(2.19, 1), (2.21, 0), (1.81, 1), (1.79, 0)])
+def test_offsets_count_within_a_fifth_of_the_duration(end, hit):
+    ref = Notes(np.array([[1.0, 2.0]]), [60], [80])
+    row = note_metrics(ref, Notes(np.array([[1.0, end]]), [60], [80]))
+    assert (row["metric/note/f1"], row["metric/note-with-offsets/f1"]) == (1, hit)
+
+
+@pytest.mark.parametrize("end, hit", [(1.14, 1), (1.16, 0)])
+def test_offsets_of_short_notes_count_within_fifty_milliseconds(end, hit):
+    ref = Notes(np.array([[1.0, 1.1]]), [60], [80])  # a fifth of it would be 20 ms
+    assert note_metrics(ref, Notes(np.array([[1.0, end]]), [60], [80]))["metric/note-with-offsets/f1"] == hit
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_note_metrics_are_mir_evals(seed):
+    random = np.random.default_rng(seed)
+    onsets = random.uniform(0, 20, 60)
+    ref = Notes(np.stack([onsets, onsets + random.uniform(0.05, 1, 60)], 1), random.integers(50, 60, 60), [80] * 60)
+    est = Notes(np.maximum(ref.intervals + random.normal(0, 0.04, (60, 2)) + [[0, 0.06]], 0)[:50], ref.pitches[:50], [80] * 50)
+    est = Notes(np.stack([est.intervals[:, 0], np.maximum(est.intervals[:, 1], est.intervals[:, 0] + 0.01)], 1), est.pitches, [80] * 50)
+    theirs = mir_eval.transcription.evaluate(ref.intervals, 440 * 2 ** ((ref.pitches - 69) / 12),
+                                             est.intervals, 440 * 2 ** ((est.pitches - 69) / 12))
+    row = note_metrics(ref, est)
+    for ours, name in (("precision", "Precision"), ("recall", "Recall"), ("f1", "F-measure"), ("overlap", "Average_Overlap_Ratio")):
+        assert row[f"metric/note/{ours}"] == pytest.approx(theirs[f"{name}_no_offset"])
+        assert row[f"metric/note-with-offsets/{ours}"] == pytest.approx(theirs[name])
+    assert 0.1 < row["metric/note-with-offsets/f1"] < row["metric/note/f1"] < 1
+
+
+@pytest.mark.parametrize("ref, est", [(True, False), (False, True), (False, False)])
+def test_nothing_to_find_or_nothing_found_scores_zero(ref, est):
+    none = Notes([], [], [])
+    row = note_metrics(some_notes() if ref else none, some_notes() if est else none)
+    assert len(row) == 8 and set(row.values()) == {0.0}
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_roll_metrics_are_mir_evals_multipitch(seed):
+    random = np.random.default_rng(seed)
+    ref, est = random.random((2, 80, N_KEYS)) < 0.1
+    est |= ref & (random.random(ref.shape) < 0.6)
+    times = np.arange(80) * HOP
+    hertz = mir_eval.util.midi_to_hz(np.arange(N_KEYS) + MIN_MIDI)
+    precision, recall, *_ = mir_eval.multipitch.metrics(times, [hertz[row] for row in ref], times, [hertz[row] for row in est])
+    row = roll_metrics("frame", ref, est)
+    assert row["metric/frame/frame_precision"] == pytest.approx(precision)
+    assert row["metric/frame/frame_recall"] == pytest.approx(recall)
+    assert row["metric/frame/frame_f1"] == pytest.approx(2 * precision * recall / (precision + recall))
+
+
+def test_roll_metrics_of_empty_rolls():
+    nothing, something = np.zeros((5, N_KEYS), bool), np.ones((5, N_KEYS), bool)
+    for ref, est in ((nothing, something), (something, nothing), (nothing, nothing)):
+        assert set(roll_metrics("onset", ref, est).values()) == {0.0}
+    assert roll_metrics("onset", something, something)["metric/frame/onset_f1"] == 1
+
+
+def recording_of(notes: Notes, seconds: float = 4.0, name: str = "hand") -> Recording:
+    return Recording(name, np.zeros(round(seconds * SAMPLE_RATE), dtype=np.int16), notes)
+
+
+def sure(recording: Recording, notes: Notes | None = None) -> tuple[np.ndarray, np.ndarray]:
+    """Frame and onset logits of a model that is sure of `notes`, by default of the right ones."""
+    onset, frame = notes_to_rolls(notes if notes is not None else recording.notes, recording.n_frames)
+    return 20 * frame.astype(np.float32) - 10, 20 * onset.astype(np.float32) - 10
+
+
+@pytest.mark.parametrize("reference", ["midi", "roll"])
+def test_perfect_logits_score_one(reference):
+    row = score(recording_of(some_notes()), sure(recording_of(some_notes())), HALF, reference)
+    for name in ("frame/frame_f1", "frame/onset_f1", "note/f1", "note-with-offsets/f1"):
+        assert row[f"metric/{name}"] == 1
+    assert 0 < row["metric/loss/frame_loss"] < 1e-3
+
+
+def test_each_head_has_its_own_loss():
+    """One sounding note of 4 frames, struck once. Frame logits all 0: ln 2. Onset logits all 1: ln(1 + e) where there is no
+    onset, which is everywhere but in one place, and ln(1 + 1/e) there."""
+    recording = recording_of(Notes(np.array([[0.5 * HOP, 3.5 * HOP]]), [60], [80]), 10 * HOP)
+    row = score(recording, (np.zeros((10, 88), np.float32), np.ones((10, 88), np.float32)), HALF)
+    assert row["metric/loss/frame_loss"] == pytest.approx(math.log(2), rel=1e-5)
+    assert row["metric/loss/onset_loss"] == pytest.approx((879 * math.log(1 + math.e) + math.log(1 + 1 / math.e)) / 880, rel=1e-5)
+    row = score(recording, (np.ones((10, 88), np.float32), np.zeros((10, 88), np.float32)), HALF)
+    assert row["metric/loss/frame_loss"] == pytest.approx((876 * math.log(1 + math.e) + 4 * math.log(1 + 1 / math.e)) / 880, rel=1e-5)
+    assert row["metric/loss/onset_loss"] == pytest.approx(math.log(2), rel=1e-5)
+
+
+def test_each_roll_is_scored_against_its_own_head():
+    recording = recording_of(some_notes())
+    frame, onset = sure(recording)
+    row = score(recording, (frame, np.full_like(onset, -10)), HALF)
+    assert (row["metric/frame/frame_f1"], row["metric/frame/onset_f1"], row["metric/note/f1"]) == (1, 0, 0)
+    row = score(recording, (np.full_like(frame, -10), onset), HALF)
+    assert (row["metric/frame/frame_f1"], row["metric/frame/onset_f1"], row["metric/note/f1"]) == (0, 1, 1)
+    assert row["metric/note-with-offsets/f1"] < 1
+
+
+def test_references_differ_where_quantisation_hides_an_error():
+    """Struck at the very end of frame 10, heard in frame 12: 48 ms after the true onset, 64 ms after the frame's centre."""
+    recording = recording_of(Notes(np.array([[10.99 * HOP, 40 * HOP]]), [60], [80]))
+    heard = sure(recording, Notes(np.array([[12.5 * HOP, 40 * HOP]]), [60], [80]))
+    assert score(recording, heard, HALF, "midi")["metric/note/f1"] == 1
+    assert score(recording, heard, HALF, "roll")["metric/note/f1"] == 0
+
+
+def test_references_differ_where_rolls_merge_a_repetition():
+    """One key struck in frames 10 and 11 is two notes in the MIDI file and one in its roll."""
+    recording = recording_of(Notes(np.array([[10.5 * HOP, 11.2 * HOP], [11.6 * HOP, 30 * HOP]]), [60, 60], [80, 80]))
+    heard = sure(recording)
+    assert score(recording, heard, HALF, "roll")["metric/note/f1"] == 1
+    midi = score(recording, heard, HALF, "midi")
+    assert (midi["metric/note/precision"], midi["metric/note/recall"]) == (1, 0.5)
+
+
+def test_a_recording_without_notes_is_scored():
+    recording = recording_of(Notes([], [], []))
+    row = score(recording, sure(recording), HALF)
+    assert row["metric/note/f1"] == 0 and row["metric/loss/frame_loss"] < 1e-3
+    assert all(math.isfinite(value) for value in row.values())
+
+
+def test_thresholds_are_used_in_scoring():
+    recording = recording_of(some_notes())
+    frame, onset = sure(recording)
+    unsure = np.where(frame > 0, -0.5, -3).astype(np.float32), np.where(onset > 0, -1, -3).astype(np.float32)  # 0.38 and 0.27
+    assert score(recording, unsure, HALF)["metric/frame/frame_f1"] == 0
+    lower = score(recording, unsure, {"onset": 0.25, "frame": 0.35})
+    for name in ("frame/frame_f1", "frame/onset_f1", "note/f1", "note-with-offsets/f1"):
+        assert lower[f"metric/{name}"] == 1
+
+
+def logit(probability: np.ndarray) -> np.ndarray:
+    return np.log(probability / (1 - probability)).astype(np.float32)
+
+
+def test_probability_is_the_sigmoid():
+    np.testing.assert_allclose(probability(np.array([0.0, math.log(3), -math.log(3)])), [0.5, 0.75, 0.25])
+    with np.errstate(over="raise"):
+        np.testing.assert_allclose(probability(np.array([-1e4, 1e4], np.float32)), [0, 1])
+
+
+def test_tuned_thresholds_are_better():
+    """True onsets at 0.35 among false ones at 0.15; each note's frames at 0.45, and a tail of 0.25 after every one."""
+    recording = recording_of(some_notes())
+    onset_roll, frame_roll = notes_to_rolls(recording.notes, recording.n_frames)
+    onset, frame = np.full((2, recording.n_frames, N_KEYS), 0.01)
+    onset[5::20, 3] = 0.15
+    onset[onset_roll > 0] = 0.35
+    for key in recording.notes.pitches - MIN_MIDI:
+        last = np.flatnonzero(frame_roll[:, key])[-1]
+        frame[last : last + 20, key] = 0.25
+    frame[frame_roll > 0] = 0.45
+    logits = [(logit(frame), logit(onset))]
+    tuned = tune_thresholds([recording], logits)
+    assert 0.15 < tuned["onset"] <= 0.35 and 0.25 < tuned["frame"] <= 0.45
+    assert note_metrics(recording.notes, estimated_notes(logits[0], HALF))["metric/note-with-offsets/f1"] == 0
+    assert note_metrics(recording.notes, estimated_notes(logits[0], tuned))["metric/note-with-offsets/f1"] == 1
+
+
+def test_thresholds_stay_in_the_middle_where_nothing_is_found():
+    recording = recording_of(some_notes())
+    nothing = np.full((recording.n_frames, N_KEYS), -20, np.float32)
+    assert tune_thresholds([recording], [(nothing, nothing)]) == HALF
+
+
+def test_summary_by_hand():
+    summary = summarise([{"a": 1.0, "b": 0.0}, {"a": 0.0, "b": 0.0}, {"a": 0.5, "b": 0.3}])
+    assert summary["a"] == (pytest.approx(0.5), pytest.approx(math.sqrt(0.5 / 3)))
+    assert summary["b"] == (pytest.approx(0.1), pytest.approx(math.sqrt(0.02)))
+    lines = format_table(summary).splitlines()
+    assert [line.split() for line in lines] == [["a", ":", "0.5000", "+-", "0.4082"], ["b", ":", "0.1000", "+-", "0.1414"]]
+
+
+# --- files and the command ---
+
+def test_results_are_written_for_every_recording(tmp_path):
+    rows = [{"metric/note/f1": 0.5, "metric/loss/frame_loss": 1.5}, {"metric/note/f1": 1.0, "metric/loss/frame_loss": 0.5}]
+    recordings = [recording_of(some_notes(), name=name) for name in ("2004/a, b.wav", "é.flac")]
+    write_results(tmp_path / "out" / "scores.json", recordings, rows, split="test")
+    written = json.loads((tmp_path / "out" / "scores.json").read_text(encoding="utf-8"))
+    assert written["split"] == "test"
+    assert written["means"]["metric/note/f1"] == {"mean": 0.75, "std": 0.25}
+    assert written["recordings"] == [{"recording": "2004/a, b.wav", **rows[0]}, {"recording": "é.flac", **rows[1]}]
+    with open(tmp_path / "out" / "scores.csv", newline="", encoding="utf-8") as file:
+        table = list(csv.DictReader(file))
+    assert [row["recording"] for row in table] == ["2004/a, b.wav", "é.flac"]
+    assert [float(row["metric/note/f1"]) for row in table] == [0.5, 1.0]
+
+
+def test_a_full_disk_leaves_the_old_results(tmp_path, monkeypatch):
+    recordings, rows = [recording_of(some_notes())], [{"metric/note/f1": 0.5}]
+    write_results(tmp_path / "scores.json", recordings, rows)
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+
+    def full(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("os.replace", full)
+    with pytest.raises(OSError, match=r"scores\.json: cannot be written \(No space left"):
+        write_results(tmp_path / "scores.json", recordings, [{"metric/note/f1": 0.9}])
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+
+
+@pytest.mark.parametrize("reference", ["midi", "roll"])
+def test_the_command_scores_a_folder(reference, data_folder, checkpoint, tmp_path, capsys):
+    argv = [str(checkpoint), "--data", str(data_folder), "--reference", reference, "--save_path", str(tmp_path / "out"), "--device", "cpu"]
+    assert evaluate.main(argv) == 0
+    out = capsys.readouterr().out
+    written = json.loads((tmp_path / "out" / f"small_test_{reference}.json").read_text())
+    expected = evaluate_split(load_checkpoint(checkpoint), load_split(data_folder, "test"), reference)
+    assert [row.pop("recording") for row in written["recordings"]] == ["r4.flac", "r5.flac"]
+    assert written["recordings"] == [pytest.approx(row) for row in expected]
+    assert written["reference"] == reference and written["split"] == "test"
+    for name, (mean, std) in summarise(expected).items():
+        assert f"{name:38}: {mean:.4f} +- {std:.4f}\n" in out
+    with open(tmp_path / "out" / f"small_test_{reference}.csv", newline="") as file:
+        assert [row["recording"] for row in csv.DictReader(file)] == ["r4.flac", "r5.flac"]
+    assert len(list((tmp_path / "out").iterdir())) == 2
+    assert f"reference: {reference}" in out and str(tmp_path / "out") in out
+
+
+def test_the_command_scores_another_split(data_folder, checkpoint, tmp_path):
+    assert evaluate.main([str(checkpoint), "--data", str(data_folder), "--split", "train", "--save_path", str(tmp_path)]) == 0
+    written = json.loads((tmp_path / "small_train_midi.json").read_text())
+    assert [row["recording"] for row in written["recordings"]] == ["r0.flac", "r1.flac", "r2.flac"]
+
+
+def test_the_checkpoint_knows_its_data_and_its_folder(data_folder, checkpoint, tmp_path):
+    """What the file knows no flag has to repeat: data folder, thresholds, where the results belong."""
+    state = torch.load(checkpoint, weights_only=True)
+    torch.save({**state, "data": {"folder": str(data_folder)}, "thresholds": {"onset": 0.125, "frame": 0.25}}, tmp_path / "known.pt")
+    assert evaluate.main([str(tmp_path / "known.pt")]) == 0
+    written = json.loads((tmp_path / "known_test_midi.json").read_text())
+    assert written["thresholds"] == {"onset": 0.125, "frame": 0.25} and len(written["recordings"]) == 2
+
+
+@pytest.mark.skipif(not (MAPS / "data.json").is_file(), reason="needs the real recordings in ../shared/maps")
+def test_a_real_recording_is_scored():
+    """The reference rolls of a real performance, read as if a model had heard them, must score nearly everything."""
+    row = min((row for row in read_table(MAPS) if row["split"] == "test"), key=lambda row: row["duration"])
+    recording = load_recording(row["audio_filename"], find_audio(MAPS, row["audio_filename"]), MAPS / row["midi_filename"]).until(20)
+    assert len(recording.notes) > 30 and recording.n_frames == 625
+    assert np.abs(recording.audio).max() > 1000
+    scores = score(recording, sure(recording), HALF)
+    assert scores["metric/note/f1"] > 0.97 and scores["metric/note-with-offsets/f1"] > 0.95
+    assert scores["metric/frame/frame_f1"] == scores["metric/frame/onset_f1"] == 1
+    onset_energy = np.abs(recording.audio[: 625 * HOP_SIZE].astype(float)).reshape(625, HOP_SIZE).mean(axis=1)
+    first = int(recording.notes.intervals[0, 0] / HOP)
+    assert onset_energy[first + 1 : first + 8].mean() > 3 * onset_energy[: max(1, first - 2)].mean()  # sound starts with the notes

@@ -1,0 +1,494 @@
+"""The transcribers against the course's numbers, chunked against whole inference, checkpoints good and broken."""
+
+import dataclasses
+import errno
+import math
+import os
+import pickle
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+import constants
+import model as model_module
+from constants import HOP_SIZE, N_KEYS, N_MELS
+from model import (
+    CHUNK_FRAMES,
+    FRAME_RATE,
+    MODELS,
+    ONSET_RATE,
+    RECIPES,
+    BatchNorm,
+    ConvStack,
+    Dropout,
+    LogMelSpectrogram,
+    Sizes,
+    Transcriber,
+    build_model,
+    load_checkpoint,
+    n_parameters,
+    pick_device,
+    read_checkpoint,
+    save_checkpoint,
+)
+
+SMALL = Sizes(4, 8, 8)
+DEFAULT, COURSE = RECIPES["default"], RECIPES["course"]
+ATTRIBUTES = {
+    "baseline": {"frame_conv_stack", "frame_fc", "onset_conv_stack", "onset_fc"},
+    "rnn": {"frame_lstm", "frame_fc", "onset_lstm", "onset_fc"},
+    "crnn": {"frame_conv_stack", "frame_lstm", "frame_fc", "onset_conv_stack", "onset_lstm", "onset_fc"},
+    "onf": {"frame_conv_stack", "frame_fc", "onset_conv_stack", "onset_lstm", "onset_fc", "combined_lstm", "combined_fc"},
+}
+
+
+def noise(*shape: int, seed: int = 1) -> torch.Tensor:
+    return 0.1 * torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def lively(name: str, recipe: str = "default") -> Transcriber:
+    """A small transcriber in eval mode whose batch norms have seen audio and whose outputs move with it."""
+    torch.manual_seed(3)
+    model = build_model(name, SMALL, RECIPES[recipe])
+    with torch.no_grad():
+        model(noise(2, 20 * HOP_SIZE))
+        for parameter in model.parameters():
+            if parameter.dim() > 1:
+                parameter.mul_(2)
+    return model.eval()
+
+
+@pytest.fixture
+def float32(monkeypatch: pytest.MonkeyPatch):
+    """No bfloat16, whatever this machine is fast at."""
+    monkeypatch.setattr(model_module, "autocast", lambda device: torch.autocast(device.type, enabled=False))
+
+
+# --- architecture ---
+
+@pytest.mark.parametrize("name", MODELS)
+def test_attributes_have_the_names_of_the_course(name):
+    model = build_model(name, SMALL, COURSE)
+    parts = {part for part, module in model.named_children() if n_parameters(module)}
+    assert parts == ATTRIBUTES[name]
+    assert isinstance(model.melspectrogram, LogMelSpectrogram)
+    if "frame_conv_stack" in parts:
+        assert {part for part, _ in model.frame_conv_stack.named_children()} == {"cnn", "fc"}
+
+
+@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("n_samples", [HOP_SIZE, HOP_SIZE + 1, 3 * HOP_SIZE - 1, 10 * HOP_SIZE, 10 * HOP_SIZE + 300])
+def test_one_row_of_logits_for_each_whole_frame(name, n_samples):
+    model = build_model(name, SMALL).eval()
+    with torch.no_grad():
+        frame, onset = model(noise(3, n_samples))
+    assert frame.shape == onset.shape == (3, n_samples // HOP_SIZE, N_KEYS)
+    assert torch.isfinite(frame).all() and torch.isfinite(onset).all()
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_the_courses_batch_gives_two_hundred_frames(name):
+    with torch.no_grad():
+        frame, onset = build_model(name, SMALL).eval()(noise(2, 102400))
+    assert frame.shape == onset.shape == (2, 200, 88)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_outputs_are_logits_and_no_probabilities(name):
+    """An output bias of 30 comes out as about 30 from a linear last layer, and as 1 from a sigmoid."""
+    model = build_model(name, SMALL).eval()
+    last = model.combined_fc if name == "onf" else model.frame_fc
+    with torch.no_grad():
+        last.bias.fill_(30)
+        model.onset_fc.bias.fill_(-30)
+        frame, onset = model(noise(1, 4 * HOP_SIZE))
+    assert (frame > 5).all() and (onset < -5).all()
+
+
+def conv_stack_count(c: int = 48, f: int = 256) -> int:
+    """Convolutions 1->c, c->c, c->2c of 3 x 3 with biases, batch norms of c, c, 2c pairs, then 57 = 229 // 4 bands * 2c -> f."""
+    return (9 * c + c) + 2 * c + (9 * c * c + c) + 2 * c + (9 * c * 2 * c + 2 * c) + 4 * c + (57 * 2 * c * f + f)
+
+
+def lstm_count(inputs: int, h: int = 88) -> int:
+    """Two directions of two layers; each has four gates with weights for its input and its own state, and two biases."""
+    return 2 * (4 * h * (inputs + h) + 8 * h) + 2 * (4 * h * (2 * h + h) + 8 * h)
+
+
+def linear_count(inputs: int) -> int:
+    return inputs * 88 + 88
+
+
+def test_parameters_of_the_course_baseline():
+    assert n_parameters(build_model("baseline", recipe=COURSE)) == 2 * (conv_stack_count() + linear_count(256)) == 2_973_840
+
+
+def test_parameters_of_the_course_rnn():
+    # lstm_count(229) = 2 * (352 * 317 + 704) + 2 * (352 * 264 + 704) = 411,840
+    assert lstm_count(229) == 411_840
+    assert n_parameters(build_model("rnn", recipe=COURSE)) == 2 * (lstm_count(229) + linear_count(176)) == 854_832
+
+
+def test_parameters_of_the_course_crnn():
+    expected = 2 * (conv_stack_count() + lstm_count(256) + linear_count(176))
+    assert n_parameters(build_model("crnn", recipe=COURSE)) == expected == 3_821_456
+
+
+def test_parameters_of_the_course_onf():
+    frame = conv_stack_count() + linear_count(256) + lstm_count(176) + linear_count(176)
+    onset = conv_stack_count() + lstm_count(256) + linear_count(176)
+    assert n_parameters(build_model("onf", recipe=COURSE)) == frame + onset == 1_877_024 + 1_910_728
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_default_recipe_adds_only_its_norms(name):
+    """A scale and a shift for each mel band and for each feature before a recurrent layer, and nothing else."""
+    added = n_parameters(build_model(name)) - n_parameters(build_model(name, recipe=COURSE))
+    features = {"baseline": 0, "rnn": 0, "crnn": 2 * 256, "onf": 256 + 2 * 88}[name]
+    assert added == 2 * N_MELS + 2 * features
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_output_biases_start_at_the_base_rates(name):
+    model = build_model(name, SMALL, DEFAULT)
+    last = model.combined_fc if name == "onf" else model.frame_fc
+    np.testing.assert_allclose(torch.sigmoid(last.bias).detach(), FRAME_RATE, rtol=1e-5)
+    np.testing.assert_allclose(torch.sigmoid(model.onset_fc.bias).detach(), ONSET_RATE, rtol=1e-5)
+    plain = build_model(name, SMALL, COURSE)
+    for layer in (plain.combined_fc if name == "onf" else plain.frame_fc, plain.onset_fc):
+        assert layer.bias.std() > 0 and layer.bias.abs().max() <= 1 / math.sqrt(layer.in_features)
+
+
+def test_frame_loss_does_not_teach_the_onset_branch():
+    model = build_model("onf", SMALL)
+    frame, onset = model(noise(2, 6 * HOP_SIZE))
+    frame.square().mean().backward(retain_graph=True)
+    onset_branch = [*model.onset_conv_stack.parameters(), *model.onset_lstm.parameters(), *model.onset_fc.parameters()]
+    assert all(p.grad is None or not p.grad.any() for p in onset_branch)
+    assert model.combined_lstm.weight_ih_l0.grad.any() and model.frame_conv_stack.fc[0].weight.grad.any()
+    onset.square().mean().backward()
+    assert all(module.weight.grad.any() for module in (model.onset_fc, model.onset_conv_stack.fc[0], model.onset_conv_stack.cnn[0]))
+    assert model.onset_lstm.weight_ih_l0.grad.any()
+
+
+def test_frame_branch_hears_the_onset_branch():
+    """The cue is detached, and still there."""
+    model = lively("onf")
+    audio = noise(1, 6 * HOP_SIZE)
+    with torch.no_grad():
+        before = model(audio)[0]
+        model.onset_fc.bias.add_(3 * torch.randn(N_KEYS))
+        assert (model(audio)[0] - before).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("name", ["baseline", "rnn", "crnn"])
+def test_other_models_have_independent_heads(name):
+    model = build_model(name, SMALL)
+    model(noise(2, 6 * HOP_SIZE))[0].sum().backward()
+    assert not any(p.grad is not None and p.grad.any() for part, p in model.named_parameters() if part.startswith("onset_"))
+
+
+def test_conv_stack_halves_the_bands_twice_and_keeps_time():
+    stack = ConvStack(N_MELS, 4, 8)
+    assert stack.cnn(noise(2, 1, 7, N_MELS)).shape == (2, 8, 7, 57)
+    assert stack(noise(2, 7, N_MELS)).shape == (2, 7, 8)
+    assert [layer.p for layer in stack.modules() if isinstance(layer, Dropout)] == [0.25, 0.25, 0.5]
+
+
+# --- layers of our own ---
+
+@pytest.mark.parametrize("p", [0.25, 0.5])
+def test_dropout_drops_its_share_and_keeps_the_mean(p):
+    torch.manual_seed(0)
+    x = torch.ones(400, 1000)
+    y = Dropout(p)(x)
+    # 400,000 draws: the standard deviation of the share is below 0.0008
+    assert abs((y == 0).float().mean().item() - p) < 0.004
+    np.testing.assert_allclose(y.unique(), [0, 1 / (1 - p)], rtol=1e-6)
+    assert abs(y.mean().item() - 1) < 0.01
+
+
+def test_dropout_is_the_identity_in_eval_mode_and_at_zero():
+    x = noise(5, 7)
+    assert torch.equal(Dropout(0.5).eval()(x), x)
+    assert torch.equal(Dropout(0.0)(x), x)
+
+
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last", "transposed", "sliced"])
+def test_dropout_takes_any_layout(layout):
+    x = noise(4, 6, 50, 10) + 3  # no zeros of its own
+    x = {"contiguous": lambda: x, "channels_last": lambda: x.contiguous(memory_format=torch.channels_last),
+         "transposed": lambda: x.transpose(1, 2), "sliced": lambda: x[:, ::2, 1:]}[layout]()
+    torch.manual_seed(0)
+    y = Dropout(0.25)(x)
+    kept = y != 0
+    torch.testing.assert_close(y[kept], x[kept] / 0.75)
+    assert 0.2 < 1 - kept.float().mean().item() < 0.3
+    # no pattern: every channel and every place loses about its share
+    assert (kept.float().mean(dim=(0, 2, 3)) < 0.9).all()
+
+
+def test_dropout_draws_anew_and_passes_gradients_of_what_it_kept():
+    x = torch.ones(1000, requires_grad=True)
+    layer = Dropout(0.5)
+    y = layer(x)
+    y.sum().backward()
+    assert torch.equal(x.grad != 0, y != 0)
+    assert not torch.equal(layer(x) == 0, y == 0)
+
+
+@pytest.mark.parametrize("shape", [(3, 5, 7), (3, 5, 7, 2)])
+def test_batch_norm_is_torchs_own_in_one_process(shape):
+    ours, theirs = BatchNorm(5), (nn.BatchNorm1d if len(shape) == 3 else nn.BatchNorm2d)(5)
+    with torch.no_grad():
+        for layer in (ours, theirs):
+            layer.weight.copy_(torch.arange(1.0, 6))
+            layer.bias.copy_(torch.arange(5.0))
+    for seed in range(3):
+        x = 5 * noise(*shape, seed=seed) + 1
+        torch.testing.assert_close(ours(x), theirs(x))
+    torch.testing.assert_close(ours.state_dict(), theirs.state_dict())
+    torch.testing.assert_close(ours.eval()(x), theirs.eval()(x))
+
+
+# --- the spectrogram ---
+
+def test_window_t_is_centred_in_frame_t():
+    """A click in the middle of frame 10 is loudest there, and equally soft in frames 9 and 11."""
+    audio = torch.zeros(1, 20 * HOP_SIZE)
+    audio[0, 10 * HOP_SIZE + HOP_SIZE // 2] = 1.0
+    mel = LogMelSpectrogram()(audio)[0].exp().sum(dim=1)
+    assert mel.shape == (20,) and int(mel.argmax()) == 10
+    torch.testing.assert_close(mel[9], mel[11], rtol=1e-3, atol=0)
+    assert mel[9] < mel[10] / 2 and (mel[[8, 12]] < mel[10] / 1e4).all()  # the window's edges are two frames away
+
+
+@pytest.mark.parametrize("shift", [-200, -100, 100, 200])
+def test_a_click_is_loudest_in_the_frame_that_covers_it(shift):
+    audio = torch.zeros(1, 20 * HOP_SIZE)
+    audio[0, 10 * HOP_SIZE + HOP_SIZE // 2 + shift] = 1.0
+    energy = LogMelSpectrogram()(audio)[0].exp().sum(dim=1)
+    assert int(energy.argmax()) == 10
+    assert (energy[11] > energy[9]) == (shift > 0)
+
+
+def test_log_mel_of_silence_is_the_logarithm_of_the_clamp():
+    mel = LogMelSpectrogram()(torch.zeros(2, 5 * HOP_SIZE))
+    assert mel.shape == (2, 5, N_MELS)
+    torch.testing.assert_close(mel, torch.full_like(mel, math.log(1e-9)))
+
+
+def test_mel_bands_rise_with_frequency():
+    time = torch.arange(20 * HOP_SIZE) / constants.SAMPLE_RATE
+    bands = [int(LogMelSpectrogram()(torch.sin(2 * math.pi * hertz * time)[None])[0, 10].argmax()) for hertz in (110, 440, 1760, 7000)]
+    assert bands == sorted(set(bands)) and bands[-1] > 200
+
+
+# --- inference in chunks ---
+
+LENGTHS = (0, 1, 100, HOP_SIZE, 7 * HOP_SIZE, 8 * HOP_SIZE, 8 * HOP_SIZE + 1, 9 * HOP_SIZE - 1, 10 * HOP_SIZE, 11 * HOP_SIZE + 5,
+           16 * HOP_SIZE, 19 * HOP_SIZE, 25 * HOP_SIZE + 77)
+
+
+@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_chunked_equals_whole_equals_forward(name, recipe, float32):
+    model = lively(name, recipe)
+    spread = 0.0
+    for n_samples in LENGTHS:
+        audio = noise(n_samples, seed=n_samples)
+        chunked = model.infer(audio, chunk_frames=8)
+        whole = model.infer(audio, chunk_frames=1000)
+        padded = nn.functional.pad(audio, (0, max(0, HOP_SIZE - n_samples)))
+        with torch.no_grad():
+            forward = model(padded[None])
+        for a, b, c in zip(chunked, whole, forward):
+            assert a.shape == b.shape == (max(1, n_samples // HOP_SIZE), N_KEYS)
+            assert a.dtype == torch.float32
+            assert (a - b).abs().max() < 1e-3 and (a - c[0]).abs().max() < 1e-3
+            spread = max(spread, float(a.std(dim=0).mean()) if len(a) > 1 else 0.0)
+    assert spread > 3e-3  # the logits do move with the audio: else everything equals everything
+
+
+@pytest.mark.parametrize("chunk_frames", [1, 2, 5, 13])
+def test_any_chunk_gives_the_same(chunk_frames, float32):
+    model, audio = lively("onf"), noise(26 * HOP_SIZE)
+    for a, b in zip(model.infer(audio, chunk_frames), model.infer(audio, 1000)):
+        assert (a - b).abs().max() < 1e-3
+
+
+def test_default_chunks_meet_without_a_seam(float32):
+    model, audio = lively("baseline"), noise((CHUNK_FRAMES + 20) * HOP_SIZE)
+    for a, b in zip(model.infer(audio), model.infer(audio, 10 * CHUNK_FRAMES)):
+        assert (a - b).abs().max() < 1e-3
+
+
+def test_audio_shorter_than_a_frame_gives_one(float32):
+    for n_samples in (0, 1, HOP_SIZE - 1):
+        frame, onset = lively("crnn").infer(torch.zeros(n_samples))
+        assert frame.shape == onset.shape == (1, N_KEYS) and torch.isfinite(frame).all()
+
+
+def test_inference_makes_no_graph_and_is_float32_under_autocast():
+    frame, onset = lively("onf").infer(noise(9 * HOP_SIZE), chunk_frames=4)
+    assert not frame.requires_grad and frame.dtype == onset.dtype == torch.float32
+
+
+# --- checkpoints ---
+
+@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_a_checkpoint_is_the_same_model_again(name, recipe, tmp_path):
+    model = lively(name, recipe)
+    model.thresholds = {"onset": 0.3, "frame": 0.7}
+    save_checkpoint(tmp_path / "new folder" / "model.pt", model)
+    again = load_checkpoint(tmp_path / "new folder" / "model.pt")
+    assert type(again) is type(model) and again.sizes == SMALL and again.recipe == RECIPES[recipe] and not again.training
+    assert again.thresholds == {"onset": 0.3, "frame": 0.7}
+    for a, b in zip(again.infer(noise(9 * HOP_SIZE)), model.infer(noise(9 * HOP_SIZE))):
+        assert torch.equal(a, b)
+
+
+def test_a_checkpoint_carries_the_constants_and_what_training_adds(tmp_path):
+    save_checkpoint(tmp_path / "m.pt", build_model("rnn", SMALL), step=12, best=0.25)
+    state = torch.load(tmp_path / "m.pt", weights_only=True)
+    assert state["constants"] == {"SAMPLE_RATE": 16000, "HOP_SIZE": 512, "N_FFT": 2048, "N_MELS": 229, "F_MIN": 30, "F_MAX": 8000,
+                                  "MIN_MIDI": 21, "MAX_MIDI": 108, "N_KEYS": 88}
+    assert (state["step"], state["best"], state["model"]) == (12, 0.25, "rnn")
+    assert state["versions"]["torch"] == str(torch.__version__)
+    assert [path.name for path in tmp_path.iterdir()] == ["m.pt"]
+
+
+@pytest.mark.parametrize("error", [OSError(errno.ENOSPC, "No space left on device"), RuntimeError("unexpected pos 64 vs 0\nmore")])
+def test_a_failed_save_leaves_the_old_file(error, tmp_path, monkeypatch):
+    model = build_model("rnn", SMALL)
+    save_checkpoint(tmp_path / "m.pt", model)
+    before = (tmp_path / "m.pt").read_bytes()
+
+    def half(state, path):
+        Path(path).write_bytes(b"half of it")
+        raise error
+
+    monkeypatch.setattr(torch, "save", half)
+    with pytest.raises(OSError, match=r"m\.pt: cannot be written") as caught:
+        save_checkpoint(tmp_path / "m.pt", model)
+    assert "\n" not in str(caught.value)
+    assert (tmp_path / "m.pt").read_bytes() == before
+    assert [path.name for path in tmp_path.iterdir()] == ["m.pt"]
+
+
+class Touch:
+    """Unpickling one creates a file."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self):
+        return os.mkdir, (str(self.path),)
+
+
+def broken(tmp_path: Path, kind: str) -> Path:
+    """A file at tmp_path/m.pt that is no checkpoint, in one of many ways."""
+    path = tmp_path / "m.pt"
+    save_checkpoint(path, build_model("rnn", SMALL))
+    state = torch.load(path, weights_only=True)
+    if kind == "missing":
+        path.unlink()
+    elif kind == "empty":
+        path.write_bytes(b"")
+    elif kind == "text":
+        path.write_text("I am a letter, and no checkpoint.\n" * 5)
+    elif kind == "truncated":
+        path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+    elif kind == "folder":
+        path.unlink()
+        path.mkdir()
+    elif kind == "code":
+        torch.save({**state, "thresholds": Touch(tmp_path / "touched")}, path)
+    elif kind == "pickle":
+        path.write_bytes(pickle.dumps(Touch(tmp_path / "touched"), protocol=2))
+    elif kind == "constants":
+        torch.save({**state, "constants": {**state["constants"], "HOP_SIZE": 256}}, path)
+    elif kind == "no constants":
+        torch.save({**state, "constants": {}}, path)
+    elif kind == "tensor":
+        torch.save(torch.zeros(3), path)
+    elif kind == "dictionary":
+        torch.save({"a": 1}, path)
+    elif kind == "unknown model":
+        torch.save({**state, "model": "transformer"}, path)
+    elif kind == "wrong sizes":
+        torch.save({**state, "sizes": dataclasses.asdict(Sizes(4, 8, 9))}, path)
+    elif kind == "wrong class":
+        torch.save({**state, "model": "onf"}, path)
+    elif kind == "unknown size":
+        torch.save({**state, "sizes": {**state["sizes"], "heads": 8}}, path)
+    elif kind == "no thresholds":
+        torch.save({**state, "thresholds": {}}, path)
+    else:
+        raise AssertionError(kind)
+    return path
+
+
+BROKEN = {"missing": "cannot be read", "empty": "not a checkpoint", "text": "not a checkpoint", "truncated": "not a whole one",
+          "folder": "cannot be read", "code": "holds code", "pickle": "holds code", "constants": "HOP_SIZE = 256",
+          "no constants": "= None", "tensor": "not a checkpoint of train.py", "dictionary": "not a checkpoint of train.py",
+          "unknown model": "'transformer'", "wrong sizes": "does not fit", "wrong class": "does not fit", "unknown size": "does not fit",
+          "no thresholds": "does not fit"}
+
+
+@pytest.mark.parametrize("kind", BROKEN)
+def test_a_broken_checkpoint_says_what_it_is(kind, tmp_path):
+    path = broken(tmp_path, kind)
+    with pytest.raises(OSError if kind in ("missing", "folder") else ValueError, match=re.escape(BROKEN[kind])) as caught:
+        load_checkpoint(path)
+    assert str(caught.value).startswith(f"{path}: ") and "\n" not in str(caught.value)
+    assert not (tmp_path / "touched").exists()
+
+
+@pytest.mark.parametrize("name", sorted(constants.__dict__.keys() & {"SAMPLE_RATE", "HOP_SIZE", "N_FFT", "N_MELS", "F_MIN", "F_MAX", "MAX_MIDI"}))
+def test_other_constants_are_named(name, tmp_path, monkeypatch, checkpoint):
+    """The code's own constant moves away from under a good checkpoint."""
+    found = getattr(constants, name)
+    monkeypatch.setattr(constants, name, found + 1)
+    with pytest.raises(ValueError, match=f"{name} = {found}, and constants.py says {found + 1}"):
+        read_checkpoint(checkpoint)
+
+
+def test_a_checkpoint_of_the_course_loads_as_its_baseline(tmp_path):
+    made = lively("baseline", "course")
+    torch.save({"model_state_dict": made.state_dict(), "cnn_unit": 4, "fc_unit": 8, "step": 5000}, tmp_path / "course.pt")
+    model = load_checkpoint(tmp_path / "course.pt")
+    assert type(model) is MODELS["baseline"] and model.recipe == COURSE and model.thresholds == {"onset": 0.5, "frame": 0.5}
+    assert read_checkpoint(tmp_path / "course.pt")["step"] == 5000
+    for a, b in zip(model.infer(noise(5 * HOP_SIZE)), made.infer(noise(5 * HOP_SIZE))):
+        assert torch.equal(a, b)
+
+
+def test_the_state_of_the_course_baseline_has_the_courses_names():
+    names = set(build_model("baseline", SMALL, COURSE).state_dict())
+    assert {"frame_conv_stack.cnn.0.weight", "frame_conv_stack.cnn.1.running_mean", "frame_conv_stack.cnn.3.weight",
+            "frame_conv_stack.cnn.8.weight", "frame_conv_stack.cnn.9.running_var", "frame_conv_stack.fc.0.weight", "frame_fc.weight",
+            "onset_conv_stack.cnn.0.weight", "onset_fc.bias"} <= names
+    heads = ("frame_conv_stack.", "frame_fc.", "onset_conv_stack.", "onset_fc.", "melspectrogram.")
+    assert all(name.startswith(heads) for name in names)
+
+
+def test_the_seed_draws_the_weights():
+    def weights(seed):
+        torch.manual_seed(seed)
+        return build_model("onf", SMALL).state_dict()
+
+    first, again, other = weights(0), weights(0), weights(1)
+    assert all(torch.equal(first[name], again[name]) for name in first)
+    assert not torch.equal(first["onset_lstm.weight_hh_l0"], other["onset_lstm.weight_hh_l0"])
+
+
+def test_an_unknown_device_is_named():
+    with pytest.raises(ValueError, match="device 'abacus'"):
+        pick_device("abacus")
+    assert pick_device("cpu") == torch.device("cpu")

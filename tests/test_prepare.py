@@ -1,0 +1,445 @@
+"""Data folders, made from sources that are made on the spot."""
+
+import csv
+import json
+import os
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pretty_midi
+import pytest
+import soundfile
+from conftest import play, random_notes, write_tones
+
+import prepare
+from audio import default_soundfont, has_fluidsynth, load_audio
+from constants import HOP_SIZE, SAMPLE_RATE
+from dataset import COLUMNS, load_split, read_table
+from files import write_json
+from notes import Notes, read_midi, write_midi
+from prepare import main
+
+needs_fluidsynth = pytest.mark.skipif(not has_fluidsynth(), reason="libfluidsynth is not installed")
+ONE = ["--num_workers", "1"]
+
+
+def run(*arguments: object) -> int:
+    return main([*map(str, arguments), *ONE])
+
+
+def times_of(folder: Path) -> dict[str, int]:
+    return {str(path.relative_to(folder)): path.stat().st_mtime_ns for path in folder.glob("**/*.*") if path.suffix != ".json"}
+
+
+def no_leftovers(folder: Path) -> bool:
+    return not list(folder.glob("**/*.tmp*"))
+
+
+def level(audio: np.ndarray, start: float, stop: float) -> float:
+    return float(np.abs(audio[round(start * SAMPLE_RATE) : round(stop * SAMPLE_RATE)]).max())
+
+
+# --- demo ---
+
+@pytest.fixture
+def small_demo(monkeypatch):
+    monkeypatch.setattr(prepare, "DEMO_COUNTS", {"train": 2, "validation": 1, "test": 1})
+    monkeypatch.setattr(prepare, "DEMO_SECONDS", 8)
+
+
+@pytest.mark.parametrize("with_fluidsynth", [pytest.param(True, marks=needs_fluidsynth), False])
+def test_the_demo_set_trains_what_it_sounds(tmp_path, monkeypatch, capsys, small_demo, with_fluidsynth):
+    monkeypatch.setattr(prepare, "has_fluidsynth", lambda: with_fluidsynth)
+    assert run("demo", tmp_path / "demo") == 0
+    said = capsys.readouterr().out
+    assert "4 recordings (2 train, 1 validation, 1 test)" in said and "0 were there, 0 failed" in said
+    assert ("libfluidsynth is missing" in said) != with_fluidsynth
+    rows = read_table(tmp_path / "demo")
+    assert [row["split"] for row in rows] == ["train", "train", "validation", "test"]
+    contents = set()
+    for row in rows:
+        audio, notes = load_audio(tmp_path / "demo" / row["audio_filename"]), read_midi(tmp_path / "demo" / row["midi_filename"])
+        contents.add(notes.intervals.tobytes())
+        assert abs(len(audio) / SAMPLE_RATE - row["duration"]) < 0.001
+        assert len(notes) >= 5 and notes.intervals.max() <= row["duration"]
+        first = notes.intervals[0, 0]
+        assert level(audio, 0, first - 0.01) < 0.1 * level(audio, first, first + 0.1)  # it sounds from its first onset on
+        assert 0.02 < abs(audio).max() <= 1
+    assert len(contents) == 4
+    assert no_leftovers(tmp_path)
+
+
+def test_a_demo_piece_hangs_on_its_seed_alone():
+    def said(midi: pretty_midi.PrettyMIDI) -> list[tuple]:
+        return [(note.start, note.end, note.pitch, note.velocity) for note in midi.instruments[0].notes]
+
+    assert said(prepare.demo_piece(3)) == said(prepare.demo_piece(3)) != said(prepare.demo_piece(4))
+
+
+def test_demo_pieces_hold_what_a_transcriber_has_to_learn():
+    pieces = [prepare.demo_piece(seed).instruments[0] for seed in range(10)]
+    pedalled = [any(change.value >= 64 for change in piece.control_changes) for piece in pieces]
+    velocities = [note.velocity for piece in pieces for note in piece.notes]
+    assert any(pedalled) and min(velocities) < 40 and max(velocities) > 95
+    for piece in pieces:
+        assert all(21 <= note.pitch <= 108 and note.end > note.start for note in piece.notes)
+        by_pitch: dict[int, list] = {}
+        for note in sorted(piece.notes, key=lambda note: note.start):
+            by_pitch.setdefault(note.pitch, []).append(note)
+        assert all(a.end < b.start for notes in by_pitch.values() for a, b in zip(notes, notes[1:]))  # a key is up before it is struck
+
+
+def test_what_was_made_is_not_made_again(tmp_path, monkeypatch, capsys, small_demo):
+    monkeypatch.setattr(prepare, "has_fluidsynth", lambda: False)
+    out = tmp_path / "demo"
+    assert run("demo", out) == 0
+    table, before = (out / "data.json").read_text(), times_of(out)
+    lost = "train/demo01.flac"
+    (out / lost).unlink()
+    (out / "data.json").unlink()  # as if it had been stopped
+    capsys.readouterr()
+    assert run("demo", out) == 0
+    assert "3 were there, 0 failed" in capsys.readouterr().out
+    after = times_of(out)
+    assert after.keys() == before.keys()
+    assert {name for name in after if after[name] != before[name]} <= {lost, "train/demo01.midi"}
+    assert (out / "data.json").read_text() == table
+
+
+def test_a_broken_file_that_was_there_is_named(tmp_path, monkeypatch, capsys, small_demo):
+    monkeypatch.setattr(prepare, "has_fluidsynth", lambda: False)
+    run("demo", tmp_path)
+    (tmp_path / "train" / "demo00.flac").write_bytes(b"half")
+    capsys.readouterr()
+    assert run("demo", tmp_path) == 1
+    said = capsys.readouterr()
+    assert "demo00.flac: is broken, delete it and run again" in said.err
+    assert "3 recordings" in said.out and "1 failed" in said.out
+    assert len(read_table(tmp_path)) == 3
+
+
+def test_an_output_that_cannot_be_written(tmp_path, monkeypatch, capsys, small_demo):
+    monkeypatch.setattr(prepare, "has_fluidsynth", lambda: False)
+    (tmp_path / "file").write_text("no folder")
+    assert run("demo", tmp_path / "file") == 1
+    said = capsys.readouterr()
+    assert "prepare.py: " in said.err and "file" in said.err and "cannot be written" in said.err and "Traceback" not in said.err
+    assert (tmp_path / "file").read_text() == "no folder"
+
+
+# --- maestro ---
+
+@pytest.fixture
+def download(tmp_path) -> Path:
+    """An official download as it unpacks: 44.1 kHz stereo, two years, one chamber recording among the train split."""
+    source, rows = tmp_path / "maestro-v2.0.0", []
+    for number, split in enumerate(["train"] * 5 + ["validation"] * 2 + ["test"] * 2):
+        year, name = (2009, 2018)[number % 2], "Chamber3" if number == 4 else f"R{number}"
+        folder = source / str(year)
+        folder.mkdir(parents=True, exist_ok=True)
+        notes = random_notes(number, 1.0, 3)
+        time = np.arange(44100) / 44100
+        stereo = np.stack([0.3 * np.sin(2 * np.pi * 440 * time), 0.1 * np.sin(2 * np.pi * 440 * time)], axis=1)
+        soundfile.write(folder / f"{name}.wav", stereo, 44100)
+        write_midi(folder / f"{name}.midi", notes)
+        rows.append({"canonical_composer": "Frédéric Chopin", "canonical_title": f"Étude, No. {number}", "split": split, "year": year,
+                     "midi_filename": f"{year}/{name}.midi", "audio_filename": f"{year}/{name}.wav", "duration": 1.0})
+    with open(source / "maestro-v2.0.0.csv", "w", newline="", encoding="utf-8") as file:
+        table = csv.DictWriter(file, list(COLUMNS))
+        table.writeheader()
+        table.writerows(rows)
+    return source
+
+
+def chosen(folder: Path) -> list[str]:
+    return [row["midi_filename"] for row in read_table(folder)]
+
+
+def test_a_subset_of_maestro(tmp_path, download, capsys):
+    out = tmp_path / "out"
+    assert run("maestro", download, out, "--train", 2, "--validation", 1, "--test", 1) == 0
+    rows, official = read_table(out), {row["midi_filename"]: row for row in read_table(download)}
+    assert [row["split"] for row in rows] == ["train", "train", "validation", "test"]
+    assert {row["year"] for row in rows[:2]} == {"2009", "2018"}  # the years in turn
+    for row in rows:
+        assert set(row) == set(COLUMNS)
+        assert all(row[key] == official[row["midi_filename"]][key] for key in ("split", "canonical_composer", "canonical_title", "year"))
+        about = soundfile.info(out / row["audio_filename"])
+        assert (about.format, about.subtype, about.samplerate, about.channels) == ("FLAC", "PCM_16", 16000, 1)
+        audio = load_audio(out / row["audio_filename"])
+        assert len(audio) == SAMPLE_RATE and row["duration"] == 1.0
+        assert abs(np.fft.rfft(audio)).argmax() == 440 and abs(abs(audio[1000:-1000]).max() - 0.2) < 0.005
+        assert (out / row["midi_filename"]).read_bytes() == (download / row["midi_filename"]).read_bytes()
+    assert len(load_split(out, "train")) == 2
+    said = capsys.readouterr().out
+    assert said.startswith("choice ") and "4 recordings (2 train, 1 validation, 1 test), 0.1 minutes" in said
+
+
+def test_the_choice_is_fixed(tmp_path, download):
+    counts = ("--train", 2, "--validation", 1, "--test", 1)
+    for name in ("one", "two"):
+        assert run("maestro", download, tmp_path / name, *counts) == 0
+    assert chosen(tmp_path / "one") == chosen(tmp_path / "two")
+    # nor does it hang on the table's order, and a larger choice holds the smaller
+    rows = read_table(download)
+    small, large = ({row["midi_filename"] for row in prepare.choose_maestro(some, {"train": count})}
+                    for some, count in ((rows, 2), (rows[::-1], 3)))
+    assert small == set(chosen(tmp_path / "one")[:2]) and small < large
+
+
+def test_a_subset_has_no_chamber_music_and_all_has_everything(tmp_path, download):
+    assert run("maestro", download, tmp_path / "subset") == 0  # asks for more than there is
+    assert len(chosen(tmp_path / "subset")) == 8 and not [name for name in chosen(tmp_path / "subset") if "Chamber" in name]
+    assert run("maestro", download, tmp_path / "all", "--all") == 0
+    assert chosen(tmp_path / "all") == [row["midi_filename"] for row in read_table(download)]
+
+
+def test_a_missing_recording_is_named_and_the_others_are_kept(tmp_path, download, capsys):
+    (download / "2018" / "R1.wav").unlink()
+    shutil.copy(download / "2009" / "R2.midi", download / "2009" / "kept.midi")
+    (download / "2009" / "R2.midi").write_text("no MIDI")
+    out = tmp_path / "out"
+    assert run("maestro", download, out, "--all") == 1
+    said = capsys.readouterr()
+    complaints = [line for line in said.err.splitlines() if line.startswith("prepare.py: ")]
+    assert len(complaints) == 2
+    assert any("2018/R1.wav: is named in the table and not on the disk" in line for line in complaints)
+    assert any("2009/R2.midi: is not a whole MIDI file" in line for line in complaints)
+    assert "7 recordings" in said.out and "0 were there, 2 failed" in said.out
+    assert len(read_table(out)) == 7 and len(list(out.glob("**/*.flac"))) == 7 and no_leftovers(out)
+    # the source mended, it goes on where it was
+    before = times_of(out)
+    shutil.copy(download / "2018" / "R3.wav", download / "2018" / "R1.wav")
+    shutil.copy(download / "2009" / "kept.midi", download / "2009" / "R2.midi")
+    assert run("maestro", download, out, "--all") == 0
+    assert "9 recordings" in (said := capsys.readouterr().out) and "7 were there, 0 failed" in said
+    assert before.items() <= times_of(out).items()
+
+
+def test_a_source_that_is_none(tmp_path, capsys):
+    assert run("maestro", tmp_path / "lost", tmp_path / "out") == 1
+    assert capsys.readouterr().err.startswith(f"prepare.py: {tmp_path}/lost: is no folder")
+    (tmp_path / "empty").mkdir()
+    for command, message in (("maestro", "holds no data.json"), ("maps", "holds no PIANO/MUS"), ("check", "holds no data.json")):
+        assert run(command, tmp_path / "empty", *([] if command == "check" else [tmp_path / "out"])) == 1
+        assert capsys.readouterr().err.startswith(f"prepare.py: {tmp_path}/empty: {message}")
+    assert not (tmp_path / "out").exists()
+
+
+# --- maps ---
+
+def write_maps(source: Path, piano: str, composition: str, table: list[tuple], played: Notes) -> Path:
+    folder = source / piano / "MUS"
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / f"MAPS_MUS-{composition}_{piano}.wav"
+    soundfile.write(path, np.tile(0.1 * np.sin(np.arange(11025) / 10)[:, None], (1, 2)), 44100)
+    path.with_suffix(".txt").write_text("OnsetTime\tOffsetTime\tMidiPitch\r\n" + "".join(f"{a}\t{b}\t{pitch}\r\n" for a, b, pitch in table))
+    write_midi(path.with_suffix(".mid"), played)
+    return path
+
+
+LIST = [(0.05, 0.24, 60), (0.1, 0.2, 64), (0.15, 0.2, 67)]
+PLAYED = Notes([[0.0501, 0.1], [0.1, 0.2]], [60, 64], [33, 99])  # as the keys went; the list knows what the pedal held
+
+
+def test_maps_keeps_the_test_pianos_compositions_out_of_train(tmp_path, capsys):
+    source, out = tmp_path / "MAPS", tmp_path / "out"
+    pieces = [f"mz_{number}" for number in range(12)]
+    for piece in pieces:
+        for piano in ("AkPnBcht", "StbgTGd2"):
+            write_maps(source, piano, piece, LIST, PLAYED)
+    for piano, piece in (("ENSTDkAm", pieces[0]), ("ENSTDkCl", "only-here")):
+        write_maps(source, piano, piece, LIST, PLAYED)
+    isolated = source / "AkPnBcht" / "ISOL"
+    isolated.mkdir()
+    shutil.copy(source / "AkPnBcht" / "MUS" / "MAPS_MUS-mz_1_AkPnBcht.wav", isolated)
+    assert run("maps", source, out) == 0
+    rows = read_table(out)
+    assert len(rows) == 2 * 11 + 2
+    assert {(row["year"], row["canonical_title"]) for row in rows if row["split"] == "test"} == {("ENSTDkAm", "mz_0"), ("ENSTDkCl", "only-here")}
+    assert {row["canonical_title"] for row in rows if row["split"] != "test"} == set(pieces[1:])
+    splits = {row["canonical_title"]: {other["split"] for other in rows if other["canonical_title"] == row["canonical_title"]} for row in rows}
+    assert all(len(found) == 1 for found in splits.values())
+    assert {"train"} in splits.values() and {"validation"} in splits.values()
+    assert "2 test" in capsys.readouterr().out
+    assert soundfile.info(out / rows[0]["audio_filename"]).samplerate == SAMPLE_RATE
+    assert rows[0]["duration"] == 0.25
+    assert run("maps", source, out) == 0
+    assert "24 were there" in capsys.readouterr().out
+
+
+def test_maps_notes_come_from_the_list_and_velocities_from_the_midi(tmp_path):
+    write_maps(tmp_path / "MAPS", "AkPnBcht", "mz_1", LIST, PLAYED)
+    assert run("maps", tmp_path / "MAPS", tmp_path / "out") == 0
+    notes = read_midi(tmp_path / "out" / read_table(tmp_path / "out")[0]["midi_filename"])
+    assert notes.pitches.tolist() == [60, 64, 67]
+    np.testing.assert_allclose(notes.intervals, [row[:2] for row in LIST], atol=0.001)
+    assert notes.velocities.tolist() == [33, 99, prepare.NO_VELOCITY]
+
+
+def test_broken_maps_files_are_named(tmp_path, capsys):
+    source, out = tmp_path / "MAPS", tmp_path / "out"
+    broken = {name: write_maps(source, "AkPnBcht", name, LIST, PLAYED) for name in ("words", "columns", "lost", "silent", "good")}
+    broken["words"].with_suffix(".txt").write_text("OnsetTime OffsetTime MidiPitch\nno numbers here\n")
+    broken["columns"].with_suffix(".txt").write_text("OnsetTime OffsetTime\n0.1 0.2\n")
+    broken["lost"].with_suffix(".txt").unlink()
+    broken["silent"].write_bytes(b"")
+    assert run("maps", source, out) == 1
+    complaints = [line for line in capsys.readouterr().err.splitlines() if line.startswith("prepare.py: ")]
+    assert len(complaints) == 4
+    for message in ("words_AkPnBcht.txt: is not a MAPS note list (", "columns_AkPnBcht.txt: is not a MAPS note list of three columns",
+                    "lost_AkPnBcht.txt", "silent_AkPnBcht.wav: is empty"):
+        assert any(message in line for line in complaints), message
+    assert [row["canonical_title"] for row in read_table(out)] == ["good"]
+
+
+# --- render ---
+
+def performances(folder: Path) -> Path:
+    for name in ("Bach/Fugue 1/a.mid", "Bach/Fugue 1/b.MID", "Sonata Op.27 No.2.midi"):
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        write_midi(folder / name, Notes([[0.2, 0.4]], [60], [90]))
+    return folder
+
+
+@needs_fluidsynth
+def test_performances_are_rendered_on_every_soundfont(tmp_path, capsys):
+    source, out, other = performances(tmp_path / "midi"), tmp_path / "out", tmp_path / "Other.sf2"
+    os.symlink(default_soundfont(), other)
+    arguments = ("render", source, out, "--soundfont", default_soundfont(), other)
+    assert run(*arguments) == 0
+    rows = read_table(out)
+    assert sorted(row["audio_filename"] for row in rows) == sorted(
+        f"{font}/{name}.flac" for font in ("TimGM6mb", "Other") for name in ("Bach/Fugue 1/a", "Bach/Fugue 1/b", "Sonata Op.27 No.2"))
+    assert len({row["split"] for row in rows if row["canonical_title"] == "Bach/Fugue 1"}) == 1  # a piece stays in one split
+    for row in rows:
+        audio, notes = load_audio(out / row["audio_filename"]), read_midi(out / row["midi_filename"])
+        assert abs(notes.intervals[0, 0] - 0.2) < 0.001
+        assert level(audio, 0, 0.19) < 0.05 * level(audio, 0.2, 0.4)
+        assert abs(len(audio) / SAMPLE_RATE - row["duration"]) < 0.001
+    capsys.readouterr()
+    assert run(*arguments) == 0
+    assert "6 were there, 0 failed" in capsys.readouterr().out
+
+
+@needs_fluidsynth
+def test_recordings_that_would_share_a_name_do_not_overwrite_each_other(tmp_path):
+    """Two SoundFonts called piano.sf2, or song.mid beside song.midi: kept apart, or refused."""
+    source, fonts = performances(tmp_path / "midi"), [tmp_path / folder / "piano.sf2" for folder in ("one", "two")]
+    write_midi(source / "Sonata Op.27 No.2.mid", Notes([[0.2, 0.4]], [72], [90]))
+    for font in fonts:
+        font.parent.mkdir()
+        os.symlink(default_soundfont(), font)
+    for number, soundfonts in enumerate((fonts, fonts[:1])):
+        out = tmp_path / f"out{number}"
+        if run("render", source, out, "--soundfont", *soundfonts) == 0:
+            names = [row["audio_filename"] for row in read_table(out)]
+            assert len(set(names)) == len(names) == 4 * len(soundfonts)
+
+
+@needs_fluidsynth
+def test_what_cannot_be_rendered_is_named(tmp_path, capsys):
+    source = performances(tmp_path / "midi")
+    assert run("render", source, tmp_path / "out", "--soundfont", tmp_path / "lost.sf2") == 1
+    assert "lost.sf2: no such SoundFont" in capsys.readouterr().err
+    (tmp_path / "words.sf2").write_text("no SoundFont")
+    assert run("render", source, tmp_path / "out", "--soundfont", tmp_path / "words.sf2") == 1
+    assert "words.sf2: is not a SoundFont" in capsys.readouterr().err
+    (source / "broken.mid").write_text("no MIDI")
+    assert run("render", source, tmp_path / "out") == 1
+    said = capsys.readouterr()
+    assert "broken.mid: is not a whole MIDI file" in said.err and "3 recordings" in said.out
+    (tmp_path / "empty").mkdir()
+    assert run("render", tmp_path / "empty", tmp_path / "out") == 1
+    assert "empty: holds no .mid or .midi files" in capsys.readouterr().err
+
+
+def test_render_needs_fluidsynth(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(prepare, "has_fluidsynth", lambda: False)
+    assert run("render", performances(tmp_path / "midi"), tmp_path / "out") == 1
+    assert capsys.readouterr().err == "prepare.py: libfluidsynth is missing: apt-get install fluidsynth\n"
+
+
+# --- check ---
+
+def test_a_good_folder_passes(data_folder, capsys):
+    assert run("check", data_folder) == 0
+    assert "6 recordings read, 0 bad, 0 pieces in more than one split" in capsys.readouterr().out
+
+
+FAULTS = {
+    "no audio": "no audio.flac: is named in the table and not on the disk",
+    "text": "text.flac: holds no audio",
+    "short audio": "short audio.flac: is",
+    "no midi": "no midi.midi: cannot be read",
+    "broken midi": "broken midi.midi: is not a whole MIDI file",
+    "nan": "nan.wav: holds samples that are not numbers",
+    "split": "split.flac: its split 'training' is none of train, validation, test",
+    "duration": "duration.flac: lasts 2.0 s, the table says 9.0 s",
+    "silent": "silent.flac: the audio is silent",
+    "no notes": "no notes.flac: the MIDI file has no notes",
+    "long midi": "long midi.flac: its last note begins at 8.0 s, the audio ends at 2.0 s",
+}
+
+
+def test_every_kind_of_bad_recording_is_named(tmp_path, capsys):
+    rows = []
+    for name in ["good", *FAULTS]:
+        tones = write_tones(tmp_path, name, random_notes(0, 2.0, 4), 2.0)
+        rows.append({"canonical_composer": "tester", "canonical_title": name, "split": "training" if name == "split" else "train",
+                     "year": 2024, "midi_filename": tones.midi.name, "duration": 9.0 if name == "duration" else 2.0,
+                     "audio_filename": "nan.wav" if name == "nan" else tones.audio.name})
+    (tmp_path / "no audio.flac").unlink()
+    (tmp_path / "no midi.midi").unlink()
+    (tmp_path / "text.flac").write_text("these are the words of a song\n" * 20)
+    (tmp_path / "short audio.flac").write_bytes((tmp_path / "good.flac").read_bytes()[:5000])
+    (tmp_path / "broken midi.midi").write_bytes((tmp_path / "good.midi").read_bytes()[:60])
+    soundfile.write(tmp_path / "nan.wav", np.full(2 * SAMPLE_RATE, np.nan), SAMPLE_RATE, subtype="FLOAT")
+    write_tones(tmp_path, "silent", Notes([], [], []), 2.0)
+    write_midi(tmp_path / "silent.midi", random_notes(0, 2.0, 4))
+    write_midi(tmp_path / "no notes.midi", Notes([], [], []))
+    write_midi(tmp_path / "long midi.midi", Notes([[0.5, 1], [8, 9]], [60, 60], [80, 80]))
+    write_json(tmp_path / "data.json", rows)
+    assert run("check", tmp_path) == 1
+    lines = capsys.readouterr().out.splitlines()
+    assert f"{len(rows)} recordings read, {len(FAULTS)} bad" in lines[-1]
+    assert len(lines) == len(FAULTS) + 1
+    for name, message in FAULTS.items():
+        assert any(message in line for line in lines), name
+
+
+def test_a_piece_in_two_splits_is_named(tmp_path, data_folder, capsys):
+    folder = tmp_path / "data"
+    shutil.copytree(data_folder, folder)
+    rows = json.loads((folder / "data.json").read_text())
+    rows[-1]["canonical_title"] = rows[0]["canonical_title"]
+    write_json(folder / "data.json", rows)
+    assert run("check", folder) == 1
+    assert capsys.readouterr().out.startswith("tester / piece 0: is in more than one split\n")
+
+
+# --- the command line ---
+
+@pytest.mark.parametrize("arguments", [["maestro", "a", "b", "--train", "0"], ["demo", "a", "--num_workers", "-1"], ["cook", "a"], []])
+def test_flags_out_of_range_are_argparses_own_business(arguments, capsys):
+    with pytest.raises(SystemExit) as caught:
+        main(arguments)
+    assert caught.value.code == 2 and "usage: " in capsys.readouterr().err
+
+
+def test_labels_and_audio_of_a_made_folder_agree_in_time(tmp_path):
+    """From an official download to rolls: nothing on the way shifts one against the other."""
+    source = tmp_path / "maestro-v3"
+    source.mkdir()
+    notes = random_notes(0, 3.0, 8)
+    soundfile.write(source / "a.wav", play(notes, 3.0), SAMPLE_RATE)
+    write_midi(source / "a.midi", notes)
+    columns = {**{column: {"0": "x"} for column in COLUMNS}, "split": {"0": "train"}, "midi_filename": {"0": "a.midi"},
+               "audio_filename": {"0": "a.wav"}, "duration": {"0": 3.0}}
+    write_json(source / "maestro-v3.0.0.json", columns)
+    assert run("maestro", source, tmp_path / "out", "--all") == 0
+    (recording,) = load_split(tmp_path / "out", "train")
+    np.testing.assert_allclose(recording.to_float().numpy(), play(notes, 3.0), atol=2 / 32768)
+    np.testing.assert_allclose(recording.notes.intervals, notes.intervals, atol=0.001)
+    assert recording.n_frames == 3 * SAMPLE_RATE // HOP_SIZE

@@ -1,0 +1,473 @@
+"""Training runs of a few tiny steps: what they write, how they stop and go on, and that several processes are as one."""
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+import evaluate
+import prepare
+import train
+from constants import HOP_SIZE
+from dataset import Segments, load_split
+from model import RECIPES, Sizes, build_model, load_checkpoint
+from notes import notes_to_rolls, read_midi
+
+ROOT = Path(__file__).resolve().parents[1]
+DEVICE = torch.device("cpu")
+VALIDATION = ["metric/loss/frame_loss", "metric/loss/onset_loss", "metric/frame/frame_f1", "metric/frame/onset_f1",
+              "metric/note/f1", "metric/note-with-offsets/f1"]
+TINY = ["-b", "2", "-v", "16384", "-cnn", "4", "-fc", "8", "--device", "cpu"]
+
+
+def tiny(folder: Path, logdir: Path, *more: str) -> list[str]:
+    """Flags of four steps with two validations; later flags win."""
+    return ["--data", str(folder), "--logdir", str(logdir), "-i", "4", "-vi", "2", *TINY, *more]
+
+
+def same(a, b) -> bool:
+    """Whether two states hold the same numbers, bit by bit."""
+    if isinstance(a, torch.Tensor):
+        return torch.equal(a, b)
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(same(a[key], b[key]) for key in a)
+    if isinstance(a, (list, tuple)):
+        return len(a) == len(b) and all(map(same, a, b))
+    return a == b
+
+
+def state_of(path: Path) -> dict:
+    return torch.load(path, weights_only=True)
+
+
+def assert_same_run(a: Path, b: Path) -> None:
+    first, second = state_of(a), state_of(b)
+    for part in ("weights", "optimizer", "scheduler", "step", "best", "thresholds"):
+        assert same(first[part], second[part]), part
+
+
+@pytest.fixture(scope="module")
+def finished(data_folder, tmp_path_factory) -> Path:
+    """The folder of a whole run of the default model and recipe."""
+    run = tmp_path_factory.mktemp("finished") / "run"
+    assert train.main(tiny(data_folder, run, "--model", "onf")) == 0
+    return run
+
+
+# --- what a run leaves ---
+
+def test_a_run_leaves_its_files(finished):
+    names = {path.name for path in finished.iterdir() if path.is_file()}
+    events = {name for name in names if name.startswith("events.out.tfevents")}
+    assert len(events) == 1
+    assert names - events == {"config.json", "model-2.pt", "model-4.pt", "model-best.pt", "results.txt", "results.json", "results.csv"}
+
+
+def test_the_configuration_can_be_read(finished, data_folder):
+    config = json.loads((finished / "config.json").read_text())
+    assert (config["model"], config["iterations"], config["batch_size"], config["sequence_length"]) == ("onf", 4, 2, 16384)
+    assert (config["cnn_unit"], config["fc_unit"], config["seed"], config["recipe"]) == (4, 8, 0, "default")
+    assert config["learning_rate"] == RECIPES["default"].learning_rate
+    assert config["data"] == str(data_folder)
+    assert config["data_description"]["recordings"] == {"train": 3, "validation": 1, "test": 2}
+
+
+def test_results_are_means_over_the_test_recordings(finished, data_folder):
+    written = json.loads((finished / "results.json").read_text())
+    assert [row["recording"] for row in written["recordings"]] == ["r4.flac", "r5.flac"]
+    model = load_checkpoint(finished / "model-best.pt")
+    summary = evaluate.summarise(evaluate.evaluate_split(model, load_split(data_folder, "test")))
+    lines = dict(re.split(r"\s*: ", line) for line in (finished / "results.txt").read_text().splitlines())
+    assert set(VALIDATION) <= set(lines) and lines.keys() == summary.keys()
+    for name, (mean, std) in summary.items():
+        assert written["means"][name] == pytest.approx({"mean": mean, "std": std}, abs=1e-6)
+        assert lines[name] == f"{mean:.4f} +- {std:.4f}"
+
+
+def test_tensorboard_can_be_read_back(finished):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+    events = EventAccumulator(str(finished))
+    events.Reload()
+    tags = set(events.Tags()["scalars"])
+    assert set(VALIDATION) <= tags and {"train/frame_loss", "train/onset_loss", "train/learning_rate"} <= tags
+    for name in VALIDATION:
+        assert [event.step for event in events.Scalars(name)] == [2, 4]
+        assert all(np.isfinite(event.value) for event in events.Scalars(name))
+    assert 0 < events.Scalars("metric/loss/frame_loss")[0].value < 5
+
+
+def test_save_midi_writes_what_is_heard(data_folder, tmp_path, monkeypatch, capsys):
+    """A model that hears all, instead of one of two steps that hears nothing."""
+    def perfect(model, recordings):
+        drawn = [notes_to_rolls(recording.notes, recording.n_frames) for recording in recordings]
+        return [(20 * frame.astype(np.float32) - 10, 20 * onset.astype(np.float32) - 10) for onset, frame in drawn]
+
+    monkeypatch.setattr(train, "predict", perfect)
+    assert train.main(tiny(data_folder, tmp_path, "--model", "rnn", "-i", "2", "--save_midi")) == 0
+    assert re.search(r"metric/note/f1 +: 1\.0000", capsys.readouterr().out)
+    assert {path.name for path in (tmp_path / "midi").iterdir()} == {"r4.midi", "r5.midi"}
+    for recording in load_split(data_folder, "test"):
+        written = read_midi((tmp_path / "midi" / recording.name).with_suffix(".midi"))
+        assert written.pitches.tolist() == recording.notes.pitches.tolist()
+        np.testing.assert_allclose(written.intervals, recording.notes.intervals, atol=0.02)
+
+
+def test_checkpoints_are_enough_for_evaluation(finished, tmp_path):
+    """No flag repeats what the file knows: not the data, nor the model."""
+    assert evaluate.main([str(finished / "model-4.pt"), "--save_path", str(tmp_path)]) == 0
+    assert len(json.loads((tmp_path / "model-4_test_midi.json").read_text())["recordings"]) == 2
+    state = state_of(finished / "model-4.pt")
+    assert state["step"] == 4 and state["sizes"]["cnn_unit"] == 4 and {"optimizer", "scheduler", "data", "versions"} <= state.keys()
+
+
+def test_the_screen_shows_the_run_and_its_metrics(data_folder, tmp_path, capsys):
+    assert train.main(tiny(data_folder, tmp_path / "run", "--model", "rnn", "-vi", "4", "--seed", "5")) == 0
+    lines = capsys.readouterr().out.splitlines()
+    start = lines.index("step 4") + 1
+    block = [re.fullmatch(r"(\S+)\s*: (\d+\.\d+)", line).groups() for line in lines[start : start + 6]]
+    assert [name for name, _ in block] == VALIDATION
+    model = build_model("rnn", Sizes(4, 8))
+    head = "\n".join(lines[: start - 1])
+    for fact in ("rnn", f"{train.n_parameters(model):,} parameters", "seed 5", "cpu", str(tmp_path / "run"), "3 train", "1 validation", "2 test"):
+        assert fact in head
+
+
+@pytest.mark.parametrize("model", ["baseline", "crnn"])
+def test_every_model_trains_in_the_courses_recipe(model, data_folder, tmp_path):
+    assert train.main(tiny(data_folder, tmp_path, "--model_type", model.upper(), "--recipe", "course", "-i", "2")) == 0
+    trained = load_checkpoint(tmp_path / "model-2.pt")
+    assert trained.recipe == RECIPES["course"] and trained.thresholds == {"onset": 0.5, "frame": 0.5}
+    torch.manual_seed(0)
+    fresh = build_model(model, Sizes(4, 8), RECIPES["course"])
+    changed = [not torch.equal(a, b) for a, b in zip(trained.parameters(), fresh.parameters())]
+    assert all(changed)
+
+
+def test_training_learns(data_folder, tmp_path):
+    """Sixty steps on one batch's worth of tones: the loss falls well below that of the base rates."""
+    model = build_model("onf", Sizes(4, 8, 8))
+    segments = Segments(load_split(data_folder, "train"), 16384, 0)
+    batch = next(train.batches(segments, 2, 1, 1, 0, DEVICE))
+    optimizer = torch.optim.Adam(model.parameters(), 1e-2)
+    first = None
+    for _ in range(60):
+        loss = sum(train.losses_of(model, batch, DEVICE).values())
+        first = first or loss.item()
+        optimizer.zero_grad()
+        loss.backward()
+        train.clip_gradients(model, RECIPES["default"])
+        optimizer.step()
+    assert loss.item() < 0.8 * first
+
+
+def test_losses_are_of_their_own_heads():
+    class Fixed(nn.Module):
+        def forward(self, audio):
+            return torch.zeros(1, 2, 88), torch.ones(1, 2, 88)
+
+    frame, onset = torch.zeros(1, 2, 88), torch.zeros(1, 2, 88)
+    onset[0, 0, 0] = 1
+    losses = train.losses_of(Fixed(), {"audio": torch.zeros(1, 2 * HOP_SIZE), "frame": frame, "onset": onset}, DEVICE)
+    assert losses["frame_loss"].item() == pytest.approx(np.log(2))
+    assert losses["onset_loss"].item() == pytest.approx((175 * np.log(1 + np.e) + np.log(1 + 1 / np.e)) / 176, rel=1e-5)
+
+
+# --- stopping and going on ---
+
+@pytest.mark.parametrize("model, recipe", [("onf", "default"), ("baseline", "course")])
+def test_a_resumed_run_equals_an_uninterrupted_one(model, recipe, data_folder, tmp_path):
+    assert train.main(tiny(data_folder, tmp_path / "whole", "--model", model, "--recipe", recipe, "-wd", "1e-4")) == 0
+    (tmp_path / "again").mkdir()
+    for name in ("model-2.pt", "model-best.pt"):
+        (tmp_path / "again" / name).write_bytes((tmp_path / "whole" / name).read_bytes())
+    assert train.main(["--resume", str(tmp_path / "again" / "model-2.pt"), "--device", "cpu"]) == 0  # goes on in its own folder
+    assert_same_run(tmp_path / "whole" / "model-4.pt", tmp_path / "again" / "model-4.pt")
+    assert not same(state_of(tmp_path / "whole" / "model-2.pt")["weights"], state_of(tmp_path / "whole" / "model-4.pt")["weights"])
+
+
+def test_a_run_resumed_elsewhere_leaves_a_whole_folder(finished, tmp_path):
+    """Also where nothing better is found after it went on."""
+    assert train.main(["--resume", str(finished / "model-2.pt"), "--logdir", str(tmp_path / "new"), "--device", "cpu"]) == 0
+    assert_same_run(finished / "model-4.pt", tmp_path / "new" / "model-4.pt")
+    assert {"model-best.pt", "results.txt", "results.json"} <= {path.name for path in (tmp_path / "new").iterdir()}
+
+
+def test_workers_change_no_result(finished, data_folder, tmp_path):
+    assert train.main(tiny(data_folder, tmp_path, "--num_workers", "2")) == 0
+    assert_same_run(finished / "model-4.pt", tmp_path / "model-4.pt")
+
+
+@pytest.mark.parametrize("number, status", [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_a_stopped_run_goes_on_as_if_never_stopped(number, status, finished, data_folder, tmp_path, monkeypatch, capsys):
+    """The signal comes in the middle of step 2; that step or the next is finished and saved, and the resumed run does the rest."""
+    calls = []
+
+    def clip_and_signal(model, recipe, clip=train.clip_gradients):
+        calls.append(None)
+        if len(calls) == 2:
+            os.kill(os.getpid(), number)
+        clip(model, recipe)
+
+    before = signal.getsignal(number)
+    with monkeypatch.context() as patch:
+        patch.setattr(train, "clip_gradients", clip_and_signal)
+        assert train.main(tiny(data_folder, tmp_path)) == status
+    assert signal.getsignal(number) is before
+    step, saved = re.search(r"stopped after step ([23]); go on with: python train.py --resume (.*)", capsys.readouterr().out).groups()
+    assert Path(saved) == tmp_path / f"model-{step}.pt" and state_of(saved)["step"] == int(step)
+    assert not (tmp_path / "model-4.pt").exists()
+    assert not (tmp_path / "results.txt").exists()
+    assert train.main(["--resume", saved, "--device", "cpu"]) == 0
+    assert_same_run(finished / "model-4.pt", tmp_path / "model-4.pt")
+    assert (tmp_path / "results.txt").exists()
+
+
+def test_sigterm_to_a_process_saves(data_folder, tmp_path):
+    run = tmp_path / "run"
+    command = [sys.executable, "train.py", *tiny(data_folder, run, "--model", "rnn", "-i", "1000000", "-vi", "1000000")]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    with subprocess.Popen(command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        seen = b""
+        while b"loss " not in seen:  # the bar of a finished step
+            assert (piece := process.stderr.read1(4096)), seen.decode()
+            seen += piece
+        process.terminate()
+        out, errors = process.communicate(timeout=60)
+    assert process.returncode == 143 and b"Traceback" not in seen + errors
+    path = Path(re.search(r"go on with: python train.py --resume (.*)", out.decode()).group(1))
+    step = state_of(path)["step"]
+    assert path == run / f"model-{step}.pt" and load_checkpoint(path)
+    assert train.main(["--resume", str(path), "-i", str(step + 1), "--device", "cpu"]) == 0
+    assert (run / "results.txt").is_file() and state_of(run / f"model-{step + 1}.pt")["step"] == step + 1
+
+
+def test_a_loss_that_is_no_number_stops_the_run(data_folder, tmp_path, monkeypatch, capsys):
+    def poisoned(*arguments):
+        model = build_model(*arguments)
+        with torch.no_grad():
+            model.onset_fc.weight[0, 0] = float("nan")
+        return model
+
+    monkeypatch.setattr(train, "build_model", poisoned)
+    assert train.main(tiny(data_folder, tmp_path, "--model", "rnn")) == 1
+    error = next(line for line in capsys.readouterr().err.splitlines() if line.startswith("train.py:"))
+    assert re.search(r"step 1\b.*nan.*recordings of the batch: r\d\.flac", error)
+    drawn = {int(n) for n in re.findall(r"r(\d)\.flac", error)}
+    expected = next(train.batches(Segments(load_split(data_folder, "train"), 16384, 0), 2, 1, 1, 0, DEVICE))["recording"]
+    assert drawn == set(expected.tolist())
+    assert not list(tmp_path.glob("*.pt"))
+
+
+@pytest.mark.parametrize("flags", [["--model", "crnn"], ["--seed", "1"], ["-b", "4"], ["-lr", "0.5"], ["-cnn", "8"], ["--recipe", "course"]])
+def test_a_resumed_run_is_not_contradicted(flags, finished, tmp_path, capsys):
+    before = {path.name for path in finished.iterdir()}
+    assert train.main(["--resume", str(finished / "model-2.pt"), *flags]) == 1
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1 and error.startswith("train.py: --") and flags[1] in error and "the resumed run has" in error
+    assert {path.name for path in finished.iterdir()} == before
+
+
+def test_weights_alone_are_not_resumed(checkpoint, capsys):
+    assert train.main(["--resume", str(checkpoint)]) == 1
+    assert "holds weights only" in capsys.readouterr().err
+
+
+# --- several processes ---
+
+SCRIPT = """
+import sys
+from pathlib import Path
+import torch
+import model, train
+
+torch.set_num_threads(1)
+train.autocast = lambda device: torch.autocast(device.type, enabled=False)
+model.Dropout.forward = lambda self, x: x
+
+def keep(net, recipe, clip=train.clip_gradients):
+    if train.rank_and_world()[0] == 0:
+        torch.save({name: p.grad.clone() for name, p in net.named_parameters()}, sys.argv[1])
+    clip(net, recipe)
+
+train.clip_gradients = keep
+sys.exit(train.main(sys.argv[2:]))
+"""
+
+
+def test_two_processes_have_the_gradients_of_one(data_folder, tmp_path, monkeypatch):
+    """torchrun with gloo against one process with the joint batch: gradients of the first step, and one run folder of rank 0."""
+    script = tmp_path / "first_step.py"
+    script.write_text(SCRIPT)
+    flags = ["--data", str(data_folder), "-i", "1", "-b", "4", "-v", "16384", "-cnn", "4", "-fc", "8", "--device", "cpu"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    runs = {"one": [sys.executable], "two": [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]}
+    for name, start in runs.items():
+        done = subprocess.run([*start, str(script), str(tmp_path / f"{name}.pt"), *flags, "--logdir", str(tmp_path / name)], cwd=tmp_path,
+                              env=environment, capture_output=True, text=True, timeout=300)
+        assert done.returncode == 0, done.stderr
+        assert done.stdout.count("metric/note-with-offsets/f1") == 2  # validation and test, once each
+    one, two = state_of(tmp_path / "one.pt"), state_of(tmp_path / "two.pt")
+    assert one.keys() == two.keys() and len(one) > 30
+    for name, gradient in one.items():
+        error = (two[name] - gradient).norm()
+        # a bias before a batch norm has no gradient but rounding
+        assert error <= 1e-4 * gradient.norm() + 1e-7, f"{name}: {error} of {gradient.norm()}"
+    assert {path.name for path in (tmp_path / "two").iterdir() if "tfevents" not in path.name} \
+        == {path.name for path in (tmp_path / "one").iterdir() if "tfevents" not in path.name}
+    assert len(list((tmp_path / "two").glob("*tfevents*"))) == 1
+
+
+def test_ranks_share_the_batch_of_one_process(data_folder, monkeypatch):
+    segments = Segments(load_split(data_folder, "train"), 8192, 0)
+    whole = list(train.batches(segments, 4, 3, 4, 0, DEVICE))
+    shares = []
+    for rank in range(2):
+        monkeypatch.setattr(train, "rank_and_world", lambda rank=rank: (rank, 2))
+        shares.append(list(train.batches(segments, 4, 3, 4, 0, DEVICE)))
+    for step in range(2):
+        for part in ("audio", "onset", "frame"):
+            assert torch.equal(torch.cat([share[step][part] for share in shares]), whole[step][part])
+    assert not torch.equal(whole[0]["audio"], whole[1]["audio"])
+
+
+def test_a_batch_that_does_not_divide_is_refused(data_folder, tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("WORLD_SIZE", "3")
+    assert train.main(tiny(data_folder, tmp_path / "run")) == 1
+    assert capsys.readouterr().err == "train.py: --batch_size 2: does not divide among 3 processes\n"
+    assert not (tmp_path / "run").exists()
+
+
+# --- flags ---
+
+def test_the_courses_flags_are_understood():
+    args = train.parse_args("--model_type ONF -v 51200 -lr 3e-4 -b 4 -i 77 -vi 11 -wd 1e-5 -cnn 24 -fc 64 --save_midi".split())
+    assert (args.model, args.sequence_length, args.learning_rate, args.batch_size, args.iterations) == ("onf", 51200, 3e-4, 4, 77)
+    assert (args.validation_interval, args.weight_decay, args.cnn_unit, args.fc_unit, args.save_midi) == (11, 1e-5, 24, 64, True)
+    long = train.parse_args("--sequence_length 51200 --learning_rate 3e-4 --batch_size 4 --iterations 77 --validation_interval 11 "
+                            "--weight_decay 1e-5 --cnn_unit 24 --fc_unit 64 --save_midi --model onf".split())
+    assert vars(long) == vars(args)
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_the_learning_rate_is_the_recipes_until_typed(recipe):
+    assert train.parse_args(["--recipe", recipe]).learning_rate == RECIPES[recipe].learning_rate
+    assert train.parse_args(["--recipe", recipe, "-lr", "0.25"]).learning_rate == 0.25
+
+
+def test_a_flag_beside_debug_counts():
+    plain, debug = train.parse_args([]), train.parse_args(["--debug"])
+    assert debug.iterations < plain.iterations and debug.validation_interval < plain.validation_interval
+    for flag, name, value in (("-i", "iterations", 7), ("-b", "batch_size", 3), ("-v", "sequence_length", 1024), ("-vi", "validation_interval", 5),
+                              ("-lr", "learning_rate", 0.125)):
+        typed = train.parse_args(["--debug", flag, str(value)])
+        assert getattr(typed, name) == value
+        assert {key: v for key, v in vars(typed).items() if key != name} == {key: v for key, v in vars(debug).items() if key != name}
+    again = train.parse_args(["--debug", "-i", str(plain.iterations)])  # typed, though it is the default's number
+    assert again.iterations == plain.iterations
+
+
+def test_seed_and_weight_decay_change_the_weights(finished, data_folder, tmp_path):
+    plain = state_of(finished / "model-2.pt")["weights"]
+    for flags in (["--seed", "1"], ["-wd", "0.5"], ["-lr", "0.5"]):
+        assert train.main(tiny(data_folder, tmp_path / flags[0], "-i", "2", "-vi", "2", *flags)) == 0
+        changed = state_of(tmp_path / flags[0] / "model-2.pt")["weights"]
+        assert not torch.equal(changed["onset_fc.weight"], plain["onset_fc.weight"])
+
+
+def test_the_seed_draws_initial_weights_and_segments(data_folder):
+    recordings = load_split(data_folder, "train")
+    a, b = (next(train.batches(Segments(recordings, 8192, seed), 2, 1, 1, 0, DEVICE))["audio"] for seed in (0, 1))
+    assert not torch.equal(a, b)
+
+
+def test_debug_makes_the_demo_set_where_there_is_no_data(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(prepare, "DEMO_COUNTS", {"train": 2, "validation": 1, "test": 1})
+    monkeypatch.setattr(prepare, "DEMO_SECONDS", 5)
+    assert train.main(["--debug", "-i", "2", *TINY]) == 0
+    assert len(json.loads((tmp_path / "data" / "demo" / "data.json").read_text())) == 4
+    run, = (tmp_path / "runs").iterdir()
+    assert re.fullmatch(r"exp_\d{6}-\d{6}", run.name) and (run / "results.txt").is_file()
+    out = capsys.readouterr().out
+    assert "metric/note/f1" in out and "2 train" in out
+    made = (tmp_path / "data" / "demo" / "data.json").stat().st_mtime_ns
+    assert train.main(["--debug", "-i", "1", "--logdir", "runs/again", *TINY]) == 0  # the second time it is there
+    assert (tmp_path / "data" / "demo" / "data.json").stat().st_mtime_ns == made
+
+
+def test_debug_takes_a_few_recordings_of_what_is_there(data_folder, tmp_path, monkeypatch):
+    monkeypatch.setattr(train, "DEBUG_RECORDINGS", 1)
+    assert train.main(tiny(data_folder, tmp_path, "--debug", "-i", "1")) == 0
+    assert json.loads((tmp_path / "config.json").read_text())["data_description"]["recordings"] == {"train": 1, "validation": 1, "test": 1}
+
+
+def test_debug_makes_nothing_where_data_was_named(tmp_path, capsys):
+    assert train.main(["--debug", "--data", str(tmp_path / "nowhere")]) == 1
+    assert "nowhere: is no folder" in capsys.readouterr().err and not list(tmp_path.iterdir())
+
+
+# --- recipes ---
+
+def test_the_courses_learning_rate_falls_every_thousand_steps():
+    factors = [train.learning_rate_factor(RECIPES["course"], 5000, step) for step in (0, 999, 1000, 1999, 2000, 4999)]
+    np.testing.assert_allclose(factors, [1, 1, 0.98, 0.98, 0.98**2, 0.98**4])
+
+
+@pytest.mark.parametrize("iterations", [1, 4, 150, 5000])
+def test_the_default_learning_rate_warms_up_and_ends_at_zero(iterations):
+    factors = np.array([train.learning_rate_factor(RECIPES["default"], iterations, step) for step in range(iterations + 1)])
+    peak = int(factors.argmax())
+    assert factors.max() == 1 and (factors[:-1] > 0).all() and peak <= max(train.WARM_UP, 1)
+    assert (np.diff(factors[: peak + 1]) > 0).all() and (np.diff(factors[peak + 1 :]) < 0).all()
+    assert factors[-1] == pytest.approx(0, abs=1e-9) or iterations == 1
+    middle = (peak + 1 + iterations) // 2
+    if iterations >= 150:
+        assert factors[middle] == pytest.approx(0.5, abs=0.02)  # half of a cosine
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_the_schedule_reaches_the_optimizer(recipe, data_folder, tmp_path):
+    assert train.main(tiny(data_folder, tmp_path, "--recipe", recipe, "--model", "rnn", "-i", "3", "-vi", "3", "-lr", "0.01")) == 0
+    state = state_of(tmp_path / "model-3.pt")
+    expected = 0.01 * train.learning_rate_factor(RECIPES[recipe], 3, 3)  # set for a fourth step
+    assert state["optimizer"]["param_groups"][0]["lr"] == pytest.approx(expected, abs=1e-12)
+
+
+def test_gradients_are_clipped_as_the_recipe_says():
+    """Two parameters with gradients of norm 30 and 0.3: together their norm becomes 3, each by itself 3 and 0.3."""
+    def clipped(recipe):
+        pair = nn.Linear(1, 1)
+        pair.weight.grad, pair.bias.grad = torch.full((1, 1), 30.0), torch.full((1,), 0.3)
+        train.clip_gradients(pair, RECIPES[recipe])
+        return [pair.weight.grad.item(), pair.bias.grad.item()]
+
+    np.testing.assert_allclose(clipped("default"), [3 * 30 / np.hypot(30, 0.3), 3 * 0.3 / np.hypot(30, 0.3)], rtol=1e-4)
+    np.testing.assert_allclose(clipped("course"), [3, 0.3], rtol=1e-4)
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_segments_are_made_softer_as_the_recipe_says(recipe, data_folder, tmp_path, monkeypatch):
+    heard = []
+
+    def spy(model, batch, device, losses_of=train.losses_of):
+        heard.append(batch)
+        return losses_of(model, batch, device)
+
+    monkeypatch.setattr(train, "losses_of", spy)
+    assert train.main(tiny(data_folder, tmp_path, "--recipe", recipe, "--model", "rnn", "-i", "5", "-vi", "5")) == 0
+    original = train.batches(Segments(load_split(data_folder, "train"), 16384, 0, 0.0), 2, 1, 5, 0, DEVICE)
+    gains = []
+    for batch, plain in zip(heard, original):
+        assert torch.equal(batch["onset"], plain["onset"]) and torch.equal(batch["frame"], plain["frame"])
+        gains += [20 * np.log10((a.norm() / b.norm()).item()) for a, b in zip(batch["audio"], plain["audio"])]
+    most = RECIPES[recipe].gain_db
+    assert len(gains) == 10 and min(gains) >= -most - 1e-3 and max(gains) <= 1e-3
+    assert np.ptp(gains) > most / 4 if most else np.ptp(gains) < 1e-3

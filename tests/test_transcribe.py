@@ -1,0 +1,237 @@
+"""Recordings of every kind to files; the command run on files and folders."""
+
+import shutil
+import subprocess
+from pathlib import Path
+
+import numpy as np
+import pytest
+import soundfile
+import torch
+from conftest import play
+
+import model as model_module
+import transcribe
+from audio import has_fluidsynth, load_audio
+from constants import HOP_SIZE, SAMPLE_RATE
+from model import RECIPES, Sizes, build_model, load_checkpoint, save_checkpoint
+from notes import Notes, read_midi
+from transcribe import MARK, find_recordings
+
+NOTES = Notes(np.array([[0.1, 0.5], [0.6, 1.0], [1.1, 1.8]]), [60, 64, 67], [100, 80, 60])
+ENDINGS = {".npz", ".midi", ".png"} | ({".wav"} if has_fluidsynth() else set())
+
+
+@pytest.fixture(scope="module")
+def lively(tmp_path_factory) -> Path:
+    """An untrained model whose probabilities move with the audio, so that notes come out and two recordings differ."""
+    torch.manual_seed(1)
+    model = build_model("crnn", Sizes(4, 8, 8), RECIPES["course"])
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.dim() > 1:
+                parameter.mul_(3)
+    path = tmp_path_factory.mktemp("lively") / "lively.pt"
+    save_checkpoint(path, model)
+    return path
+
+
+@pytest.fixture(autouse=True)
+def float32(monkeypatch):
+    monkeypatch.setattr(model_module, "autocast", lambda device: torch.autocast(device.type, enabled=False))
+
+
+@pytest.fixture
+def plain(monkeypatch):
+    """Neither picture nor sound, which take the most time."""
+    monkeypatch.setattr(transcribe, "draw", lambda *_: None)
+    monkeypatch.setattr(transcribe, "has_fluidsynth", lambda: False)
+
+
+def written(folder: Path) -> set[str]:
+    return {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()}
+
+
+def run(checkpoint: Path, out: Path, *audio: Path) -> int:
+    return transcribe.main([str(checkpoint), *map(str, audio), "--save_path", str(out), "--device", "cpu"])
+
+
+def probabilities(path: Path) -> np.ndarray:
+    with np.load(path) as arrays:
+        return np.concatenate([arrays["frame"], arrays["onset"]], axis=1).astype(np.float32)
+
+
+# --- what is written ---
+
+def test_four_files_that_agree(lively, tones, tmp_path, capsys):
+    assert run(lively, tmp_path / "out", tones.audio) == 0
+    assert written(tmp_path / "out") == {f"tones_transcribed{ending}" for ending in ENDINGS}
+    base = tmp_path / "out" / "tones_transcribed"
+    with np.load(base.with_suffix(".npz")) as arrays:
+        assert set(arrays) == {"onset", "frame", "intervals", "pitches", "velocities", "hop_seconds"}
+        assert arrays["onset"].shape == arrays["frame"].shape == (2 * SAMPLE_RATE // HOP_SIZE, 88)
+        assert arrays["onset"].min() >= 0 and arrays["onset"].max() <= 1 and arrays["hop_seconds"] == 0.032
+        notes = Notes(arrays["intervals"], arrays["pitches"], arrays["velocities"])
+    assert len(notes) > 5
+    midi = read_midi(base.with_suffix(".midi"))
+    assert midi.pitches.tolist() == notes.pitches.tolist() and midi.velocities.tolist() == notes.velocities.tolist()
+    np.testing.assert_allclose(midi.intervals, notes.intervals, atol=0.001)
+    expected, onset, frame = transcribe.transcribe(load_checkpoint(lively), load_audio(tones.audio))
+    np.testing.assert_allclose(probabilities(base.with_suffix(".npz")), np.concatenate([frame, onset], axis=1), atol=1e-3)
+    assert expected.pitches.tolist() == notes.pitches.tolist()
+    assert f"{len(notes)} notes" in capsys.readouterr().out
+
+
+def test_the_picture_can_be_opened(lively, tones, tmp_path):
+    from matplotlib.image import imread
+    assert run(lively, tmp_path / "out", tones.audio) == 0
+    picture = imread(tmp_path / "out" / "tones_transcribed.png")
+    assert min(picture.shape[:2]) > 100 and picture[..., :3].std() > 0.05
+
+
+@pytest.mark.skipif(not has_fluidsynth(), reason="needs libfluidsynth")
+def test_the_sound_is_that_of_the_notes(lively, tones, tmp_path):
+    assert run(lively, tmp_path / "out", tones.audio) == 0
+    sound, rate = soundfile.read(tmp_path / "out" / "tones_transcribed.wav")
+    assert rate == SAMPLE_RATE and 1.5 < len(sound) / rate < 6 and np.abs(sound).max() > 0.001
+
+
+def test_without_fluidsynth_one_line_says_so(lively, tones, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(transcribe, "has_fluidsynth", lambda: False)
+    assert run(lively, tmp_path / "out", tones.audio) == 0
+    errors = capsys.readouterr().err
+    assert errors.count("\n") == 1 and errors.startswith("transcribe.py: libfluidsynth is missing")
+    assert written(tmp_path / "out") == {f"tones_transcribed{ending}" for ending in (".npz", ".midi", ".png")}
+
+
+def test_the_thresholds_of_the_checkpoint_are_used(lively, tones, tmp_path, plain):
+    strict = load_checkpoint(lively)
+    strict.thresholds = {"onset": 0.999999, "frame": 0.5}
+    save_checkpoint(tmp_path / "strict.pt", strict)
+    assert run(tmp_path / "strict.pt", tmp_path / "out", tones.audio) == 0
+    assert len(read_midi(tmp_path / "out" / "tones_transcribed.midi")) == 0
+
+
+# --- what is read ---
+
+def write(path: Path, audio: np.ndarray, rate: int, channels: int = 1, subtype: str | None = None) -> Path:
+    soundfile.write(path, np.repeat(audio[:, None], channels, axis=1), rate, subtype=subtype)
+    return path
+
+
+def resampled(rate: int) -> np.ndarray:
+    import soxr
+    return soxr.resample(play(NOTES, 2.0), SAMPLE_RATE, rate)
+
+
+@pytest.mark.parametrize("name, rate, channels, subtype", [
+    ("a.wav", 16000, 1, "PCM_16"), ("stereo.wav", 16000, 2, "FLOAT"), ("a.flac", 44100, 2, None), ("a.aiff", 48000, 1, None),
+    ("six.wav", 96000, 6, "PCM_24"), ("low.wav", 8000, 1, "PCM_16"), ("eight.wav", 16000, 1, "PCM_U8"), ("a.mp3", 44100, 2, None),
+    ("a.ogg", 16000, 1, None)])
+def test_any_format_rate_and_channel_count(name, rate, channels, subtype, lively, tmp_path, monkeypatch, plain):
+    """The model hears the same two seconds, in step, whatever they came in."""
+    heard = []
+
+    def spy(model, audio, transcribe=transcribe.transcribe):
+        heard.append(audio)
+        return transcribe(model, audio)
+
+    monkeypatch.setattr(transcribe, "transcribe", spy)
+    path = write(tmp_path / name, resampled(rate), rate, channels, subtype)
+    assert run(lively, tmp_path / "out", path) == 0
+    assert written(tmp_path / "out") == {f"{path.stem}_transcribed{ending}" for ending in (".npz", ".midi")}
+    original = play(NOTES, 2.0)
+    assert heard[0].dtype == np.float32 and 0 <= len(heard[0]) - len(original) <= 2500  # an MP3 brings its encoder's padding
+    assert np.corrcoef(heard[0][: len(original)], original)[0, 1] > 0.99
+    assert len(probabilities(tmp_path / "out" / f"{path.stem}_transcribed.npz")) == len(heard[0]) // HOP_SIZE
+
+
+@pytest.mark.skipif(not shutil.which("ffmpeg"), reason="needs ffmpeg")
+def test_m4a_through_ffmpeg(lively, tones, tmp_path, plain):
+    path = tmp_path / "song.m4a"
+    subprocess.run(["ffmpeg", "-v", "error", "-i", str(tones.audio), str(path)], check=True)
+    assert run(lively, tmp_path / "out", path) == 0
+    assert abs(len(probabilities(tmp_path / "out" / "song_transcribed.npz")) - 62) <= 4
+
+
+@pytest.mark.parametrize("n_samples", [1, 100, HOP_SIZE, HOP_SIZE + 1])
+def test_a_recording_of_a_moment(n_samples, lively, tmp_path):
+    path = write(tmp_path / "moment.wav", np.zeros(n_samples, dtype=np.float32), SAMPLE_RATE)
+    assert run(lively, tmp_path / "out", path) == 0
+    assert written(tmp_path / "out") == {f"moment_transcribed{ending}" for ending in ENDINGS}
+    assert probabilities(tmp_path / "out" / "moment_transcribed.npz").shape == (1, 176)
+
+
+def test_silence_has_no_notes_and_all_its_files(checkpoint, tmp_path):
+    path = write(tmp_path / "silence.wav", np.zeros(SAMPLE_RATE, dtype=np.float32), SAMPLE_RATE)
+    assert run(checkpoint, tmp_path / "out", path) == 0
+    assert written(tmp_path / "out") == {f"silence_transcribed{ending}" for ending in ENDINGS}
+    assert len(read_midi(tmp_path / "out" / "silence_transcribed.midi")) == 0
+    with np.load(tmp_path / "out" / "silence_transcribed.npz") as arrays:
+        assert arrays["intervals"].shape == (0, 2) and arrays["onset"].shape == (31, 88)
+
+
+# --- which files ---
+
+def test_a_folder_keeps_its_subfolders(checkpoint, tmp_path, plain):
+    for name in ("a.wav", "year 2004/b.FLAC", "year 2004/deep/b.ogg", "notes.txt", "old_transcribed.wav"):
+        path = tmp_path / "in" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if path.suffix == ".txt":
+            path.write_text("no music")
+        else:
+            soundfile.write(path, play(NOTES, 0.5), SAMPLE_RATE, format=path.suffix[1:].upper())
+    single = write(tmp_path / "single.wav", play(NOTES, 0.5), SAMPLE_RATE)
+    assert run(checkpoint, tmp_path / "out", tmp_path / "in", single) == 0
+    bases = ("a_transcribed", "year 2004/b_transcribed", "year 2004/deep/b_transcribed", "single_transcribed")
+    assert written(tmp_path / "out") == {f"{base}{ending}" for base in bases for ending in (".npz", ".midi")}
+
+
+def test_results_lie_in_the_working_folder_by_default(checkpoint, tones, tmp_path, monkeypatch):
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    assert transcribe.main([str(checkpoint), str(tones.audio)]) == 0
+    assert written(tmp_path / "here") == {f"tones_transcribed{ending}" for ending in ENDINGS}
+
+
+def test_a_name_with_dots_is_kept_whole(checkpoint, tmp_path):
+    path = write(tmp_path / "Sonata Op.27 No.2.flac", play(NOTES, 0.5), SAMPLE_RATE)
+    assert run(checkpoint, tmp_path / "out", path) == 0
+    assert written(tmp_path / "out") == {f"Sonata Op.27 No.2_transcribed{ending}" for ending in ENDINGS}
+
+
+def test_names_that_differ_after_a_dot_do_not_meet(checkpoint, tmp_path, plain):
+    paths = [write(tmp_path / f"No.{number}.wav", play(NOTES, 0.3 + 0.1 * number), SAMPLE_RATE) for number in (1, 2)]
+    assert run(checkpoint, tmp_path / "out", *paths) == 0
+    assert written(tmp_path / "out") == {f"No.{number}_transcribed{ending}" for number in (1, 2) for ending in (".npz", ".midi")}
+    assert len(probabilities(tmp_path / "out" / "No.1_transcribed.npz")) == 12
+
+
+def test_two_recordings_of_one_name_are_refused(checkpoint, tmp_path, capsys):
+    for folder in ("a", "b"):
+        (tmp_path / folder).mkdir()
+        write(tmp_path / folder / "song.wav", play(NOTES, 0.5), SAMPLE_RATE)
+    assert run(checkpoint, tmp_path / "out", tmp_path / "a", tmp_path / "b" / "song.wav") == 1
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1 and "would both write" in error and "song.wav" in error
+    assert not (tmp_path / "out").exists()
+
+
+def test_folders_are_searched_in_order(tmp_path):
+    for name in ("b.wav", "a.flac", "c/a.mp3", "c/x.pdf"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).touch()
+    assert [str(target) for _, target in find_recordings([tmp_path])] == ["a_transcribed", "b_transcribed", "c/a_transcribed"]
+    assert find_recordings([tmp_path / "c" / "x.pdf"]) == [(tmp_path / "c" / "x.pdf", Path("x_transcribed"))]  # named, so taken
+
+
+def test_a_failed_file_does_not_stop_the_others(checkpoint, tones, tmp_path, plain, capsys):
+    bad = tmp_path / "bad.flac"
+    bad.write_text("dear diary")
+    last = write(tmp_path / "last.wav", play(NOTES, 0.5), SAMPLE_RATE)
+    assert run(checkpoint, tmp_path / "out", bad, tones.audio, last) == 1
+    assert written(tmp_path / "out") == {f"{stem}_transcribed{ending}" for stem in ("tones", "last") for ending in (".npz", ".midi")}
+    captured = capsys.readouterr()
+    errors = [line for line in captured.err.splitlines() if "libfluidsynth" not in line]
+    assert len(errors) == 1 and errors[0].startswith(f"transcribe.py: {bad}: ")
+    assert captured.out.count("->") == 2
