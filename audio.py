@@ -1,7 +1,9 @@
 """Sound: any audio file to mono at 16 kHz, and MIDI to sound through FluidSynth."""
 
+import re
 import shutil
 import subprocess
+import tempfile
 from collections.abc import Iterable, Iterator
 from importlib import resources
 from pathlib import Path
@@ -33,6 +35,8 @@ def read_blocks(path: Path) -> Iterator[tuple[np.ndarray, int]]:
         yield from ffmpeg_blocks(ffmpeg, path)
         return
     with source:
+        if is_cut_off(path, source):
+            raise ValueError(f"{path}: is truncated, it is shorter than its header says")
         n_read = 0
         while len(block := source.read(BLOCK, dtype="float32", always_2d=True)):
             n_read += len(block)
@@ -41,15 +45,30 @@ def read_blocks(path: Path) -> Iterator[tuple[np.ndarray, int]]:
             raise ValueError(f"{path}: is truncated, {n_read} of {source.frames} samples can be read")
 
 
+def is_cut_off(path: Path, source: soundfile.SoundFile) -> bool:
+    """Whether a WAV, AIFF or OGG file ends before its end; libsndfile reads on in silence, the other formats it checks."""
+    if source.format == "OGG":  # RFC 3533: the last page carries flag 4, end of stream
+        with open(path, "rb") as file:
+            file.seek(max(0, path.stat().st_size - 65536 - 282))  # no page is longer
+            tail = file.read()
+        page = tail.rfind(b"OggS\0")
+        return page < 0 or not tail[page + 5] & 4
+    promise = re.search(r"^ *(?:data|SSND) : (\d+) \(should be \d+\)", source.extra_info, re.MULTILINE)
+    return bool(promise) and int(promise[1]) not in (0, 0x7FFFFFFF, 0xFFFFFFFF)  # sizes that a program writing to a pipe leaves
+
+
 def ffmpeg_blocks(ffmpeg: str, path: Path) -> Iterator[tuple[np.ndarray, int]]:
     """The same through ffmpeg, which brings it to mono at 16 kHz by itself."""
-    command = [ffmpeg, "-v", "error", "-nostdin", "-i", f"file:{path}", "-vn", "-ac", "1", "-ar", str(SAMPLE_RATE), "-f", "f32le", "-"]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+    command = [ffmpeg, "-v", "error", "-nostdin", "-xerror", "-i", f"file:{path}", "-vn",
+               "-af", "aresample=rematrix_maxval=1.0", "-ac", "1", "-ar", str(SAMPLE_RATE), "-f", "f32le", "-"]
+    with tempfile.TemporaryFile() as errors, subprocess.Popen(command, stdout=subprocess.PIPE, stderr=errors) as process:
         while data := process.stdout.read(BLOCK * 4):
             yield np.frombuffer(data, dtype="<f4")[:, None], SAMPLE_RATE
-        message = process.stderr.read().decode(errors="replace").strip()
+        process.wait()
+        errors.seek(0)
+        message = errors.read().decode(errors="replace").strip()
     if process.returncode:
-        raise ValueError(f"{path}: holds no audio ({message.splitlines()[-1] if message else 'ffmpeg failed'})")
+        raise ValueError(f"{path}: holds no audio that libsndfile or ffmpeg reads, or is truncated ({(message or 'ffmpeg failed').splitlines()[-1]})")
 
 
 def load_audio(path: str | Path) -> np.ndarray:
@@ -129,9 +148,13 @@ def render_midi(midi: pretty_midi.PrettyMIDI, soundfont: str | Path | None = Non
         ImportError: libfluidsynth is missing.
     """
     import fluidsynth  # needs a system library, which only sound needs
+    soundfont = soundfont or default_soundfont()
+    with open(soundfont, "rb") as file:  # looked at first, because FluidSynth complains in its own lines
+        if (head := file.read(12))[:4] != b"RIFF" or head[8:] != b"sfbk":
+            raise ValueError(f"{soundfont}: is not a SoundFont")
     synth = fluidsynth.Synth(gain=0.5, samplerate=float(RENDER_RATE))
     try:
-        font = synth.sfload(str(soundfont or default_soundfont()))
+        font = synth.sfload(str(soundfont))
         if font == -1:
             raise ValueError(f"{soundfont}: is not a SoundFont that FluidSynth reads")
         synth.program_select(0, font, 0, 0)

@@ -4,6 +4,7 @@ import csv
 import hashlib
 import json
 import os
+import zipfile
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -78,6 +79,9 @@ def read_table(folder: str | Path) -> list[dict[str, Any]]:
             if isinstance(rows, dict):  # MAESTRO v3: {column: {row number: value}}
                 rows = [{column: cells[number] for column, cells in rows.items()} for number in rows["split"]]
         rows = [{**row, "duration": float(row["duration"])} for row in rows]
+        for row in rows:
+            if not (isinstance(row.get("midi_filename", ""), str) and isinstance(row.get("audio_filename", ""), str)):
+                raise TypeError("a file name is not text")
         missing = [column for column in COLUMNS if any(column not in row for row in rows)]
     except OSError as error:
         raise OSError(f"{path}: cannot be read ({error.strerror})") from error
@@ -122,8 +126,8 @@ def load_recording(name: str, audio_path: Path, midi_path: Path) -> Recording:
         audio = np.load(audio_cache, mmap_mode="r")  # pages come from disk as segments need them, shared by all workers
         with np.load(notes_cache) as arrays:
             return Recording(name, audio, Notes(arrays["intervals"], arrays["pitches"], arrays["velocities"]))
-    except (OSError, ValueError, KeyError):
-        pass  # not there yet
+    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
+        pass  # not there yet, or left broken by a power cut
     notes, audio = read_midi(midi_path), audio_to_int16(load_audio(audio_path))
     try:
         with written_whole(notes_cache) as temporary:

@@ -27,7 +27,8 @@ def written_whole(path: str | Path) -> Iterator[Path]:
     except OSError as error:
         raise OSError(f"{path}: cannot be written ({error.strerror or error})") from error
     finally:
-        temporary.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # where the folder could not be made there is nothing to delete
+            temporary.unlink()
 
 
 def write_json(path: str | Path, content: Any) -> None:

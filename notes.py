@@ -132,7 +132,7 @@ def open_midi(path: str | Path) -> pretty_midi.PrettyMIDI:
             raise ValueError(f"{path}: is not a whole MIDI file ({error})") from error
         raise OSError(f"{path}: cannot be read ({error.strerror})") from error
     except Exception as error:  # mido and pretty_midi raise whatever the broken bytes lead to
-        raise ValueError(f"{path}: is not a whole MIDI file ({error or type(error).__name__})") from error
+        raise ValueError(f"{path}: is not a whole MIDI file ({str(error) or type(error).__name__})") from error
 
 
 def read_midi(path: str | Path) -> Notes:
@@ -142,25 +142,19 @@ def read_midi(path: str | Path) -> Notes:
         OSError, ValueError: as open_midi does.
     """
     midi = open_midi(path)
-    end = midi.get_end_time()
-    parts = []
-    for instrument in midi.instruments:
-        if not instrument.is_drum:
-            notes = [note for note in instrument.notes if MIN_MIDI <= note.pitch <= MAX_MIDI]
-            pedal = [(c.time, c.value) for c in instrument.control_changes if c.number == SUSTAIN_PEDAL]
-            parts.append(hold_with_pedal(Notes(np.array([(note.start, note.end) for note in notes]),
-                                               [note.pitch for note in notes], [note.velocity for note in notes]), pedal, end))
-    if not parts:
-        return Notes([], [], [])
-    together = Notes(*(np.concatenate([getattr(part, field) for part in parts])
-                       for field in ("intervals", "pitches", "velocities")))
-    return hold_with_pedal(together, [], end)  # two staves may share a key
+    staves = [instrument for instrument in midi.instruments if not instrument.is_drum]
+    notes = [note for staff in staves for note in staff.notes if MIN_MIDI <= note.pitch <= MAX_MIDI]
+    # a piano has one pedal, whichever staff's track tells of it
+    pedal = [(change.time, change.value) for staff in staves for change in staff.control_changes if change.number == SUSTAIN_PEDAL]
+    return hold_with_pedal(Notes([(note.start, note.end) for note in notes], [note.pitch for note in notes],
+                                 [note.velocity for note in notes]), pedal, midi.get_end_time())
 
 
 def notes_to_midi(notes: Notes) -> pretty_midi.PrettyMIDI:
     """Notes as one piano track at 120 BPM."""
     midi = pretty_midi.PrettyMIDI(resolution=TICKS_PER_BEAT, initial_tempo=120)
     piano = pretty_midi.Instrument(program=0, name="piano")
+    notes = hold_with_pedal(notes, [], 0.0)  # in MIDI the first note-off of a key ends every note on it
     piano.notes = [pretty_midi.Note(int(velocity), int(pitch), float(onset), float(offset))
                    for (onset, offset), pitch, velocity in zip(notes.intervals, notes.pitches, notes.velocities)]
     midi.instruments.append(piano)

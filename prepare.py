@@ -5,6 +5,7 @@ Every command can be stopped and started again: a recording that was finished is
 
 import argparse
 import hashlib
+import multiprocessing
 import os
 import shutil
 import sys
@@ -41,6 +42,14 @@ def rank_of(text: str) -> str:
     return hashlib.sha1(text.encode()).hexdigest()
 
 
+def process_pool(workers: int) -> ProcessPoolExecutor:
+    """Processes that are no fork of this one: FluidSynth's OpenMP would hang in a fork of a process that has rendered."""
+    context = multiprocessing.get_context("spawn" if os.name == "nt" else "forkserver")
+    if os.name != "nt":
+        context.set_forkserver_preload(["prepare"])
+    return ProcessPoolExecutor(workers, context)
+
+
 def run_jobs(out: Path, jobs: list[tuple[Callable[..., float], tuple, Row]], workers: int) -> int:
     """Make the recordings of `jobs` in several processes, write OUT/data.json, and say in one line what came of it.
 
@@ -52,7 +61,9 @@ def run_jobs(out: Path, jobs: list[tuple[Callable[..., float], tuple, Row]], wor
         The exit status: 1 if a recording failed. It is named, the others are kept.
     """
     rows, n_kept, n_failed = [], 0, 0
-    with ProcessPoolExecutor(workers) as pool:
+    if len({row["audio_filename"] for _, _, row in jobs}) < len(jobs):
+        raise ValueError(f"{out}: two recordings would have one name; rename one of the sources")
+    with process_pool(workers) as pool:
         results = []
         for function, arguments, row in jobs:
             audio, midi = out / row["audio_filename"], out / row["midi_filename"]
@@ -317,7 +328,7 @@ def faults_of(folder: Path, row: Row) -> list[str]:
 def check(folder: Path, workers: int) -> int:
     """Read every recording of a data folder and name the bad ones. Returns 1 if there are any."""
     rows = read_table(folder)
-    with ProcessPoolExecutor(workers) as pool:
+    with process_pool(workers) as pool:
         results = [pool.submit(faults_of, folder, row) for row in rows]
         faults = [result.result() for result in tqdm(results, str(folder), unit="recording", disable=None)]
     splits = defaultdict(set)

@@ -294,24 +294,25 @@ def train(args: argparse.Namespace, data: dict[str, list[Recording]], device: to
             torch.manual_seed(int(np.random.SeedSequence((args.seed, step, rank)).generate_state(1, np.uint64)[0] >> 1))
             losses = losses_of(parallel, batch, device)
             loss = sum(losses.values())
-            broken, stopping = any_rank(not torch.isfinite(loss).item(), bool(stop.number))
+            value = loss.item()
+            broken, stopping = any_rank(not math.isfinite(value), bool(stop.number))
             if broken:
                 names = ", ".join(data["train"][i].name for i in sorted(set(batch["recording"].tolist())))
-                raise FloatingPointError(f"step {step}: the loss is {loss.item()}; recordings of the batch: {names}")
+                raise FloatingPointError(f"step {step}: the loss is {value}; recordings of the batch: {names}")
             optimizer.zero_grad()
             loss.backward()
             clip_gradients(model, recipe)
             optimizer.step()
             schedule.step()
-            bar.set_postfix_str(f"loss {loss.item():.4f}")
+            bar.set_postfix_str(f"loss {value:.4f}")
             if writer and (step % 10 == 0 or step == 1):
-                for name, value in {**losses, "learning_rate": torch.tensor(optimizer.param_groups[0]["lr"])}.items():
-                    writer.add_scalar(f"train/{name}", value.item(), step)
+                for name, scalar in {**losses, "learning_rate": torch.tensor(optimizer.param_groups[0]["lr"])}.items():
+                    writer.add_scalar(f"train/{name}", scalar.item(), step)
             validating = step % args.validation_interval == 0 or step == args.iterations
             if validating and rank == 0:
                 scores = validate(model, validation)
-                for name, value in scores.items():
-                    writer.add_scalar(name, value, step)
+                for name, mean in scores.items():
+                    writer.add_scalar(name, mean, step)
                 log(f"step {step}\n" + "\n".join(f"{name:30}: {scores[name]:.4f}" for name in REPORTED))
                 if scores["metric/note/f1"] > best:
                     best = scores["metric/note/f1"]

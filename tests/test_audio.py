@@ -116,7 +116,7 @@ def test_a_talkative_ffmpeg_does_not_hang(tmp_path, monkeypatch):
     before = signal.signal(signal.SIGALRM, give_up)
     signal.alarm(5)
     try:
-        with pytest.raises(ValueError, match=r"a\.m4a: holds no audio \(no such codec\)"):
+        with pytest.raises(ValueError, match=r"a\.m4a: holds no audio .*\(no such codec\)"):
             load_audio(tmp_path / "a.m4a")
     finally:
         signal.alarm(0)

@@ -255,7 +255,8 @@ def test_a_missing_midi_file_is_named(tmp_path):
         read_midi(tmp_path / "lost.midi")
 
 
-@pytest.mark.parametrize("content", [b"", b"these are words and no music", b"MThd\0\0\0\x06\0\x01\0\x02\0\xdcMTrk\0\0\0\x04\xff\xff\xff\xff"],
+@pytest.mark.parametrize("content", [b"", b"these are words and no music",
+                                     b"MThd\0\0\0\x06\0\x01\0\x02\0\xdcMTrk\0\0\0\x04\xff\xff\xff\xff"],
                          ids=["empty", "text", "nonsense in a track"])
 def test_what_is_no_midi_is_named(tmp_path, content):
     (tmp_path / "song.midi").write_bytes(content)

@@ -454,6 +454,19 @@ def test_gradients_are_clipped_as_the_recipe_says():
 
 
 @pytest.mark.parametrize("recipe", RECIPES)
+def test_validation_tunes_thresholds_where_the_recipe_says_so(recipe, data_folder, monkeypatch):
+    """A model that is never surer than 0.38, and right."""
+    recordings = load_split(data_folder, "validation")
+    (onset, frame), = [notes_to_rolls(recording.notes, recording.n_frames) for recording in recordings]
+    monkeypatch.setattr(train, "predict", lambda *_: [tuple(np.where(roll > 0, -0.5, -4).astype(np.float32) for roll in (frame, onset))])
+    model = build_model("rnn", Sizes(4, 8, 8), RECIPES[recipe])
+    scores = train.validate(model, recordings)
+    tuned = RECIPES[recipe].tune_thresholds
+    assert (scores["metric/note/f1"], scores["metric/note-with-offsets/f1"]) == ((1, 1) if tuned else (0, 0))
+    assert (max(model.thresholds.values()) < 0.38) == tuned and model.training
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
 def test_segments_are_made_softer_as_the_recipe_says(recipe, data_folder, tmp_path, monkeypatch):
     heard = []
 
