@@ -284,7 +284,6 @@ def test_an_output_that_cannot_be_written_is_named_by_train(data_folder, tmp_pat
 
 def test_an_output_that_cannot_be_written_is_named_by_prepare(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(prepare, "DEMO_COUNTS", {"train": 1})
-    monkeypatch.setattr(prepare, "DEMO_SECONDS", 5)
     (tmp_path / "out").write_text("keep me")
     assert prepare.main(["demo", str(tmp_path / "out"), "--num_workers", "1"]) == 1
     error = last_line(capsys, "prepare.py")
@@ -335,15 +334,15 @@ def test_a_full_disk_while_transcribing(room, checkpoint, tones, tmp_path, monke
     assert left <= {"tones_transcribed.npz", "tones_transcribed.midi", "tones_transcribed.png"}
 
 
-def test_a_full_disk_while_preparing(tmp_path, monkeypatch, capfd):
-    """The recording that has no room is named and left out; what is left is no half of it."""
-    monkeypatch.setattr(prepare, "DEMO_COUNTS", {"train": 1})
-    monkeypatch.setattr(prepare, "DEMO_SECONDS", 5)
-    with full_disk(5_000):
-        assert prepare.main(["demo", str(tmp_path / "out"), "--num_workers", "1"]) == 1
-    error = capfd.readouterr().err
-    assert "demo00.flac: cannot be written" in error and "Traceback" not in error
-    assert {name for name, content in everything(tmp_path).items() if content is not None} <= {"out/train/demo00.midi"}
+def test_a_full_disk_while_preparing(data_folder, tmp_path):
+    """Recordings that have no room are named and left out. In a process of its own, whose workers inherit the limit."""
+    command = [sys.executable, str(ROOT / "prepare.py"), "maestro", str(data_folder), str(tmp_path / "out"), "--all", "--num_workers", "1"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120,
+                          preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (5_000, 5_000)))
+    assert done.returncode == 1 and "6 failed" in done.stdout
+    errors = done.stderr.splitlines()
+    assert len(errors) == 6 and all(error.startswith(f"prepare.py: {tmp_path / 'out'}") and "cannot be written" in error for error in errors)
+    assert not [name for name, content in everything(tmp_path).items() if content is not None]
 
 
 # --- flags ---

@@ -144,12 +144,12 @@ def test_parameters_of_the_course_onf():
     assert n_parameters(build_model("onf", recipe=COURSE)) == frame + onset == 1_877_024 + 1_910_728
 
 
-@pytest.mark.parametrize("name", MODELS)
-def test_default_recipe_adds_only_its_norms(name):
-    """A scale and a shift for each mel band and for each feature before a recurrent layer, and nothing else."""
+@pytest.mark.parametrize("name, normalised, passed", [("baseline", 0, 0), ("rnn", 0, 2 * 229), ("crnn", 2 * 256, 2 * 256),
+                                                      ("onf", 256 + 176, 256 + 176)])
+def test_default_recipe_adds_only_what_it_lists(name, normalised, passed):
+    """A scale and a shift for each mel band and for each feature before a recurrent layer; a linear path past each of those."""
     added = n_parameters(build_model(name)) - n_parameters(build_model(name, recipe=COURSE))
-    features = {"baseline": 0, "rnn": 0, "crnn": 2 * 256, "onf": 256 + 2 * 88}[name]
-    assert added == 2 * N_MELS + 2 * features
+    assert added == 2 * N_MELS * DEFAULT.normalise_mel + 2 * normalised * DEFAULT.normalise_features + 88 * passed * DEFAULT.residual
 
 
 @pytest.mark.parametrize("name", MODELS)

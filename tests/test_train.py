@@ -319,7 +319,7 @@ def test_two_processes_have_the_gradients_of_one(data_folder, tmp_path, monkeypa
     for name, gradient in one.items():
         error = (two[name] - gradient).norm()
         # a bias before a batch norm has no gradient but rounding
-        assert error <= 1e-4 * gradient.norm() + 1e-7, f"{name}: {error} of {gradient.norm()}"
+        assert error <= 2e-3 * gradient.norm() + 1e-6, f"{name}: {error} of {gradient.norm()}"
     assert {path.name for path in (tmp_path / "two").iterdir() if "tfevents" not in path.name} \
         == {path.name for path in (tmp_path / "one").iterdir() if "tfevents" not in path.name}
     assert len(list((tmp_path / "two").glob("*tfevents*"))) == 1
@@ -391,7 +391,6 @@ def test_the_seed_draws_initial_weights_and_segments(data_folder):
 def test_debug_makes_the_demo_set_where_there_is_no_data(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(prepare, "DEMO_COUNTS", {"train": 2, "validation": 1, "test": 1})
-    monkeypatch.setattr(prepare, "DEMO_SECONDS", 5)
     assert train.main(["--debug", "-i", "2", *TINY]) == 0
     assert len(json.loads((tmp_path / "data" / "demo" / "data.json").read_text())) == 4
     run, = (tmp_path / "runs").iterdir()
