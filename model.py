@@ -224,7 +224,7 @@ class Transcriber(nn.Module):
         """
         device = next(self.parameters()).device
         n_frames = max(1, len(audio) // HOP_SIZE)
-        parts = []
+        whole: list[Tensor] = []  # what convolve gives, of all chunks; filled in place, because many small pieces fragment memory
         for start in range(0, n_frames, chunk_frames):
             stop = min(start + chunk_frames, n_frames)
             low, high = max(0, start - CONTEXT), min(n_frames, stop + CONTEXT)
@@ -234,8 +234,10 @@ class Transcriber(nn.Module):
             chunk = nn.functional.pad(chunk, (0, last - first - len(chunk)))
             with autocast(device):
                 features = self.features(self.melspectrogram.of_padded(chunk[None]))  # (1, T', C) each
-            parts.append([feature[:, start - low : stop - low].float() for feature in features])
-        logits = self.recur(*(torch.cat(branch, dim=1) for branch in zip(*parts)))
+            whole = whole or [torch.empty(1, n_frames, feature.shape[2], device=device) for feature in features]
+            for branch, feature in zip(whole, features):
+                branch[:, start:stop] = feature[:, start - low : stop - low]
+        logits = self.recur(*whole)
         return tuple(logit[0].cpu() for logit in logits)
 
 
@@ -371,13 +373,16 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
         OSError: there is no such file.
         ValueError: it is no checkpoint, is truncated, holds code, or was made with other constants.
     """
+    head = b""
     try:
         with open(path, "rb") as file:
+            head = file.read(2)
+            file.seek(0)
             state = torch.load(file, map_location="cpu", weights_only=True)
     except OSError as error:
         raise OSError(f"{path}: cannot be read ({error.strerror})") from error
     except Exception as error:  # torch raises many kinds for a broken file
-        holds_code = "weights_only" in str(error).lower() or "unsupported" in str(error).lower()
+        holds_code = (head == b"PK" or head[:1] == b"\x80") and "weights_only" in str(error)  # a zip or a pickle, and refused
         reason = "holds code or other things than weights" if holds_code else "is not a checkpoint, or not a whole one"
         raise ValueError(f"{path}: {reason}; train.py writes such files") from error
     if isinstance(state, dict) and {"model_state_dict", "cnn_unit", "fc_unit"} <= state.keys():
@@ -385,7 +390,8 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
         state = {"model": "baseline", "sizes": dataclasses.asdict(sizes), "recipe": dataclasses.asdict(RECIPES["course"]),
                  "constants": constants_dict(), "thresholds": {"onset": 0.5, "frame": 0.5}, "step": state.get("step", 0),
                  "weights": state["model_state_dict"]}
-    if not isinstance(state, dict) or not {"model", "sizes", "recipe", "constants", "thresholds", "weights"} <= state.keys():
+    kinds = {"model": str, "sizes": dict, "recipe": dict, "constants": dict, "thresholds": dict, "weights": dict}
+    if not isinstance(state, dict) or not all(isinstance(state.get(name), kind) for name, kind in kinds.items()):
         raise ValueError(f"{path}: is a PyTorch file but not a checkpoint of train.py")
     for name, value in constants_dict().items():
         if (found := state["constants"].get(name)) != value:
@@ -405,7 +411,7 @@ def model_of(state: dict[str, Any], path: str | Path) -> Transcriber:
         model = build_model(state["model"], Sizes(**state["sizes"]), Recipe(**state["recipe"]))
         model.load_state_dict(state["weights"])
         model.thresholds = {head: float(state["thresholds"][head]) for head in ("onset", "frame")}
-    except (TypeError, RuntimeError, KeyError) as error:
+    except (TypeError, ValueError, RuntimeError, KeyError, AttributeError) as error:
         raise ValueError(f"{path}: does not fit this version of the models ({str(error).splitlines()[0]})") from error
     return model.eval()
 

@@ -7,6 +7,7 @@ import dataclasses
 import datetime
 import math
 import os
+import shutil
 import signal
 import sys
 from collections.abc import Iterator
@@ -279,6 +280,11 @@ def train(args: argparse.Namespace, data: dict[str, list[Recording]], device: to
         write_json(run / "config.json", {**config, "recipe_entries": dataclasses.asdict(recipe), "data_description": description})
         writer = SummaryWriter(str(run), purge_step=first)
 
+        if args.state and not (run / "model-best.pt").exists():  # resumed into another folder: the best so far comes along
+            best_before = args.resume.with_name("model-best.pt")
+            with written_whole(run / "model-best.pt") as temporary:
+                shutil.copyfile(best_before if best_before.exists() else args.resume, temporary)
+
     def save(step: int, name: str) -> Path:
         if rank == 0:
             save_checkpoint(run / name, model, optimizer=optimizer.state_dict(), scheduler=schedule.state_dict(), step=step,
@@ -370,7 +376,7 @@ def main(argv: list[str] | None = None) -> int:
         return 1
     try:
         return train(args, data, device)
-    except (OSError, FloatingPointError) as error:  # a full disk; a loss that is no number
+    except (OSError, ValueError, FloatingPointError) as error:  # a full disk; a damaged checkpoint; a loss that is no number
         print(f"train.py: {error}", file=sys.stderr)
         return 1
     finally:

@@ -59,8 +59,9 @@ def draw(path: Path, audio: np.ndarray, notes: Notes, ref: Notes | None = None) 
         OSError: the picture cannot be written.
     """
     from matplotlib.figure import Figure  # slow to import; Figure alone needs no screen
-    seconds = min(PICTURE_SECONDS, len(audio) / SAMPLE_RATE)
-    log_mel = LogMelSpectrogram()(torch.from_numpy(audio[: round(seconds * SAMPLE_RATE)])[None])[0].numpy()  # (T, M)
+    audio = np.pad(audio[: PICTURE_SECONDS * SAMPLE_RATE], (0, max(0, HOP_SIZE - len(audio))))  # a frame at least
+    seconds = len(audio) / SAMPLE_RATE
+    log_mel = LogMelSpectrogram()(torch.from_numpy(audio)[None])[0].numpy()  # (T, M)
     figure = Figure(figsize=(max(6, 2 + seconds / 4), 7), layout="constrained")
     top, bottom = figure.subplots(2, 1, sharex=True)
     top.imshow(log_mel.T, origin="lower", aspect="auto", cmap="magma", extent=(0, seconds, 0, log_mel.shape[1]))
@@ -70,7 +71,6 @@ def draw(path: Path, audio: np.ndarray, notes: Notes, ref: Notes | None = None) 
                         (ref, {"facecolors": "none", "edgecolors": "black", "linewidths": 0.7})):
         if some is not None:
             shown = some.until(seconds)
-            bottom.hlines([], 0, 1)
             for (onset, offset), pitch in zip(shown.intervals, shown.pitches):
                 bottom.broken_barh([(onset, offset - onset)], (pitch - 0.4, 0.8), **style)
     bottom.set(xlabel="seconds", ylabel="MIDI pitch", xlim=(0, seconds), ylim=(MIN_MIDI - 1, MAX_MIDI + 1))

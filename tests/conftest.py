@@ -15,7 +15,7 @@ from model import Sizes, build_model, save_checkpoint
 from notes import Notes, write_midi
 
 os.environ["CUDA_VISIBLE_DEVICES"] = os.environ.get("CUDA_VISIBLE_DEVICES", "")
-torch.set_num_threads(2)
+torch.set_num_threads(1)  # these models are so small that threads only wait for each other
 
 
 @dataclass
