@@ -89,9 +89,9 @@ class BatchNorm(nn.modules.batchnorm._BatchNorm):
 
 
 class Dropout(nn.Module):
-    """Dropout (Srivastava et al., JMLR 2014) that spends one random byte on each feature instead of one random number.
+    """Dropout (Srivastava et al., JMLR 2014) that on a CPU spends one random byte on each feature.
 
-    On a CPU the numbers that nn.Dropout draws took a quarter of a training step. p counts in steps of 1/256.
+    The random numbers that nn.Dropout draws there took a quarter of a training step. p counts in steps of 1/256.
     """
 
     def __init__(self, p: float) -> None:
@@ -101,19 +101,16 @@ class Dropout(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         if not self.training or self.p == 0:
             return x
-        words = torch.empty(-(-x.numel() // 8), dtype=torch.int64, device=x.device)
+        if x.device.type != "cpu":  # where random numbers cost nothing
+            return nn.functional.dropout(x, self.p)
+        words = torch.empty(-(-x.numel() // 8), dtype=torch.int64)
         drawn = words.random_(-2**63, None).view(torch.uint8)[:x.numel()]
         kept = (drawn >= round(256 * self.p)).to(x.dtype).mul_(1 / (1 - self.p))
-        # laid out as x is, so that channels-last memory is walked in order
-        return x * (kept.as_strided(x.shape, x.stride()) if dense(x) else kept.view(x.shape))
+        layout = torch.empty_like(x, device="meta").stride()  # as x lies, so that channels-last memory is walked in order
+        return x * kept.as_strided(x.shape, layout)
 
     def extra_repr(self) -> str:
         return f"p={self.p}"
-
-
-def dense(x: Tensor) -> bool:
-    """Whether x fills its memory without gaps, in any order of dimensions."""
-    return x.is_contiguous() or (x.dim() == 4 and x.is_contiguous(memory_format=torch.channels_last))
 
 
 class LogMelSpectrogram(nn.Module):

@@ -379,6 +379,9 @@ def main(argv: list[str] | None = None) -> int:
     except (OSError, ValueError, FloatingPointError) as error:  # a full disk; a damaged checkpoint; a loss that is no number
         print(f"train.py: {error}", file=sys.stderr)
         return 1
+    except KeyboardInterrupt:  # the second Ctrl-C, or one outside the loop
+        print("train.py: interrupted; what was saved last is in the run folder", file=sys.stderr)
+        return 130
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()
