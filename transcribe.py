@@ -62,18 +62,19 @@ def draw(path: Path, audio: np.ndarray, notes: Notes, ref: Notes | None = None) 
     audio = np.pad(audio[: PICTURE_SECONDS * SAMPLE_RATE], (0, max(0, HOP_SIZE - len(audio))))  # a frame at least
     seconds = len(audio) / SAMPLE_RATE
     log_mel = LogMelSpectrogram()(torch.from_numpy(audio)[None])[0].numpy()  # (T, M)
-    figure = Figure(figsize=(max(6, 2 + seconds / 4), 7), layout="constrained")
+    figure = Figure(figsize=(max(10, 2 + seconds / 3), 7), layout="constrained")
     top, bottom = figure.subplots(2, 1, sharex=True)
     top.imshow(log_mel.T, origin="lower", aspect="auto", cmap="magma", extent=(0, seconds, 0, log_mel.shape[1]))
-    top.set(ylabel=f"mel band, {F_MIN} to {F_MAX} Hz", title=f"log-mel and {'estimated notes' if ref is None else 'notes, outlined: reference'}"
-            f", the first {seconds:.0f} s")
+    top.set(ylabel=f"mel band, {F_MIN} to {F_MAX} Hz", title=f"log-mel, the first {seconds:.0f} s")
+    bottom.set(xlabel="seconds", ylabel="MIDI pitch", xlim=(0, seconds), ylim=(MIN_MIDI - 1, MAX_MIDI + 1),
+               title="notes heard" if ref is None else "notes heard (filled) and reference (outlined)")
+    bottom.grid(axis="x", alpha=0.3)
     for some, style in ((notes, {"facecolors": "tab:blue", "edgecolors": "none"}),
                         (ref, {"facecolors": "none", "edgecolors": "black", "linewidths": 0.7})):
         if some is not None:
             shown = some.until(seconds)
             for (onset, offset), pitch in zip(shown.intervals, shown.pitches):
                 bottom.broken_barh([(onset, offset - onset)], (pitch - 0.4, 0.8), **style)
-    bottom.set(xlabel="seconds", ylabel="MIDI pitch", xlim=(0, seconds), ylim=(MIN_MIDI - 1, MAX_MIDI + 1))
     with written_whole(path) as temporary:
         figure.savefig(temporary, dpi=100)
 
