@@ -18,6 +18,7 @@ from files import written_whole
 
 BLOCK = 1 << 18        # samples read or written at a time; keeps memory flat, and libsndfile crashes on one long OGG write
 RENDER_RATE = 48000    # FluidSynth acts on events every 64 samples: 1.3 ms here, 4 ms at 16 kHz
+HEADER_SLIP = 1024     # bytes by which a whole file's header may promise too much: some programs count their own chunks in
 TAIL_SECONDS = 2.0     # what rings on after the last note of rendered MIDI
 
 
@@ -53,8 +54,10 @@ def is_cut_off(path: Path, source: soundfile.SoundFile) -> bool:
             tail = file.read()
         page = tail.rfind(b"OggS\0")
         return page < 0 or not tail[page + 5] & 4
-    promise = re.search(r"^ *(?:data|SSND) : (\d+) \(should be \d+\)", source.extra_info, re.MULTILINE)
-    return bool(promise) and int(promise[1]) not in (0, 0x7FFFFFFF, 0xFFFFFFFF)  # sizes that a program writing to a pipe leaves
+    promise = re.search(r"^ *(?:data|SSND) : (\d+) \(should be (\d+)\)", source.extra_info, re.MULTILINE)
+    if not promise or int(promise[1]) in (0, 0x7FFFFFFF, 0xFFFFFFFF):  # sizes that a program writing to a pipe leaves
+        return False
+    return int(promise[1]) - int(promise[2]) > HEADER_SLIP
 
 
 def ffmpeg_blocks(ffmpeg: str, path: Path) -> Iterator[tuple[np.ndarray, int]]:
@@ -107,15 +110,15 @@ def load_audio(path: str | Path) -> np.ndarray:
     return audio
 
 
-def save_audio(path: str | Path, blocks: Iterable[np.ndarray], sample_rate: int = SAMPLE_RATE) -> None:
-    """Write blocks of (S,) float in [-1, 1] as one 16-bit mono file; the format follows the suffix.
+def save_audio(path: str | Path, blocks: Iterable[np.ndarray]) -> None:
+    """Write blocks of (S,) float in [-1, 1] at SAMPLE_RATE as one 16-bit mono file; the format follows the suffix.
 
     Raises:
         OSError: the file cannot be written.
     """
     with written_whole(path) as temporary:
         try:
-            with soundfile.SoundFile(temporary, "w", sample_rate, 1) as file:
+            with soundfile.SoundFile(temporary, "w", SAMPLE_RATE, 1) as file:
                 for block in blocks:
                     for start in range(0, len(block), BLOCK):
                         file.write(block[start : start + BLOCK])

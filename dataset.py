@@ -53,6 +53,13 @@ def audio_to_int16(audio: np.ndarray) -> np.ndarray:
     return np.clip(np.round(audio * INT16), -INT16, INT16 - 1).astype(np.int16)
 
 
+def find_table(folder: str | Path) -> Path | None:
+    """The table of a data folder, if there is one."""
+    folder = Path(folder)
+    tables = [folder / "data.json", *sorted(folder.glob("maestro-v*.csv")), *sorted(folder.glob("maestro-v*.json"))]
+    return next((table for table in tables if table.is_file()), None)
+
+
 def read_table(folder: str | Path) -> list[dict[str, Any]]:
     """Read the table of a data folder: `data.json`, or the `maestro-v*.csv` or `.json` of an official download.
 
@@ -66,8 +73,7 @@ def read_table(folder: str | Path) -> list[dict[str, Any]]:
     folder = Path(folder)
     if not folder.is_dir():
         raise OSError(f"{folder}: is no folder; `python prepare.py demo {folder}` would make a small data set there")
-    tables = [folder / "data.json", *sorted(folder.glob("maestro-v*.csv")), *sorted(folder.glob("maestro-v*.json"))]
-    path = next((table for table in tables if table.is_file()), None)
+    path = find_table(folder)
     if path is None:
         raise ValueError(f"{folder}: holds no data.json nor maestro-v*.csv; prepare.py makes data folders")
     try:
@@ -79,9 +85,9 @@ def read_table(folder: str | Path) -> list[dict[str, Any]]:
             if isinstance(rows, dict):  # MAESTRO v3: {column: {row number: value}}
                 rows = [{column: cells[number] for column, cells in rows.items()} for number in rows["split"]]
         rows = [{**row, "duration": float(row["duration"])} for row in rows]
-        for row in rows:
-            if not (isinstance(row.get("midi_filename", ""), str) and isinstance(row.get("audio_filename", ""), str)):
-                raise TypeError("a file name is not text")
+        for name in (row.get(column, "") for row in rows for column in ("midi_filename", "audio_filename")):
+            if Path(name).is_absolute() or ".." in Path(name).parts:  # what is named after a recording stays in its folder
+                raise ValueError(f"{name} lies outside the folder")
         missing = [column for column in COLUMNS if any(column not in row for row in rows)]
     except OSError as error:
         raise OSError(f"{path}: cannot be read ({error.strerror})") from error

@@ -6,7 +6,6 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import mir_eval
 import numpy as np
 import torch
 from tqdm import tqdm
@@ -73,18 +72,19 @@ def roll_metrics(name: str, ref: np.ndarray, est: np.ndarray) -> dict[str, float
     return {f"metric/frame/{name}_precision": precision, f"metric/frame/{name}_recall": recall, f"metric/frame/{name}_f1": f1}
 
 
-def note_metrics(ref: Notes, est: Notes) -> dict[str, float]:
+def note_metrics(ref: Notes, est: Notes, names: tuple[str, ...] = ("note", "note-with-offsets")) -> dict[str, float]:
     """Note scores by mir_eval: onset within 50 ms and pitch within a quarter tone; then offsets within 50 ms or 20 % too.
 
     A recording without reference notes, or without any found, scores zero, as mir_eval has it.
     """
+    import mir_eval  # brings scipy along, a second that transcribing and --help can do without
     rows = {}
-    for name, ratio in (("note", None), ("note-with-offsets", OFFSET_RATIO)):
+    for name in names:
         scores = (0.0, 0.0, 0.0, 0.0)
         if len(ref) and len(est):
             scores = mir_eval.transcription.precision_recall_f1_overlap(
                 ref.intervals, mir_eval.util.midi_to_hz(ref.pitches), est.intervals, mir_eval.util.midi_to_hz(est.pitches),
-                onset_tolerance=ONSET_TOLERANCE, offset_ratio=ratio)
+                onset_tolerance=ONSET_TOLERANCE, offset_ratio=OFFSET_RATIO if name == "note-with-offsets" else None)
         rows |= {f"metric/{name}/{key}": float(score) for key, score in zip(("precision", "recall", "f1", "overlap"), scores)}
     return rows
 
@@ -131,11 +131,11 @@ def score(recording: Recording, logits: tuple[np.ndarray, np.ndarray], threshold
 def tune_thresholds(recordings: list[Recording], logits: list[tuple[np.ndarray, np.ndarray]]) -> dict[str, float]:
     """The thresholds with the best mean note F1 (onset), then the best mean note-with-offsets F1 (frame), of THRESHOLDS."""
     best = {"onset": 0.5, "frame": 0.5}
-    for head, metric in (("onset", "metric/note/f1"), ("frame", "metric/note-with-offsets/f1")):
+    for head, name in (("onset", "note"), ("frame", "note-with-offsets")):
         means = []
         for threshold in THRESHOLDS:
             tried = {**best, head: float(threshold)}
-            means.append(np.mean([note_metrics(recording.notes, estimated_notes(logit, tried))[metric]
+            means.append(np.mean([note_metrics(recording.notes, estimated_notes(logit, tried), (name,))[f"metric/{name}/f1"]
                                   for recording, logit in zip(recordings, logits)]))
         if max(means) > 0:
             best[head] = float(THRESHOLDS[int(np.argmax(means))])
@@ -158,11 +158,12 @@ def format_table(summary: dict[str, tuple[float, float]]) -> str:
     return "\n".join(f"{name:38}: {mean:.4f} +- {std:.4f}" for name, (mean, std) in summary.items())
 
 
-def write_results(path: Path, recordings: list[Recording], rows: list[dict[str, float]], **about: Any) -> None:
+def write_results(path: Path, recordings: list[Recording], rows: list[dict[str, float]], thresholds: dict[str, float],
+                  **about: Any) -> None:
     """Write `path` with the suffixes .json and .csv: every metric of every recording. Raises OSError."""
     named = [{"recording": recording.name, **row} for recording, row in zip(recordings, rows)]
     means = {name: {"mean": mean, "std": std} for name, (mean, std) in summarise(rows).items()}
-    write_json(path.with_suffix(".json"), {**about, "means": means, "recordings": named})
+    write_json(path.with_suffix(".json"), {**about, "sustain_extended": True, "thresholds": thresholds, "means": means, "recordings": named})
     with written_whole(path.with_suffix(".csv")) as temporary, open(temporary, "w", newline="", encoding="utf-8") as file:
         table = csv.DictWriter(file, list(named[0]))
         table.writeheader()
@@ -195,13 +196,12 @@ def main(argv: list[str] | None = None) -> int:
         return 1
     rows = evaluate_split(model, recordings, args.reference)
     path = (args.save_path or args.checkpoint.parent) / f"{args.checkpoint.stem}_{args.split}_{args.reference}.json"
-    about = {"checkpoint": args.checkpoint.name, "data": str(folder), "split": args.split, "reference": args.reference,
-             "sustain_extended": True, "thresholds": model.thresholds}
     print(f"{args.checkpoint}, {len(rows)} {args.split} recordings of {folder}, reference: {args.reference}, "
           f"sustain-extended: yes, thresholds: onset {model.thresholds['onset']:.2f}, frame {model.thresholds['frame']:.2f}")
     print(format_table(summarise(rows)))
     try:
-        write_results(path, recordings, rows, **about)
+        write_results(path, recordings, rows, model.thresholds, checkpoint=args.checkpoint.name, data=str(folder),
+                      split=args.split, reference=args.reference)
     except OSError as error:
         print(f"evaluate.py: {error}", file=sys.stderr)
         return 1

@@ -345,7 +345,8 @@ def save_checkpoint(path: str | Path, model: Transcriber, **training: Any) -> No
     """Write one file that holds all that evaluation, transcription and further training need, in plain types.
 
     Args:
-        training: what only the training loop knows: step, optimizer, scheduler, random state, data, arguments.
+        training: what only the training loop knows: step, optimizer, scheduler, data, arguments; the seed among these and the
+            step are the whole random state.
 
     Raises:
         OSError: the file cannot be written; an older one is left as it was.

@@ -4,14 +4,16 @@ Every command can be stopped and started again: a recording that was finished is
 """
 
 import argparse
+import contextlib
 import hashlib
 import multiprocessing
 import os
 import shutil
 import sys
 from collections import Counter, defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 from typing import Any
 
@@ -42,12 +44,23 @@ def rank_of(text: str) -> str:
     return hashlib.sha1(text.encode()).hexdigest()
 
 
-def process_pool(workers: int) -> ProcessPoolExecutor:
-    """Processes that are no fork of this one: FluidSynth's OpenMP would hang in a fork of a process that has rendered."""
+@contextlib.contextmanager
+def process_pool(workers: int) -> Iterator[ProcessPoolExecutor]:
+    """Processes that are no fork of this one: FluidSynth's OpenMP would hang in a fork of a process that has rendered.
+
+    Raises:
+        OSError: a process was killed, most likely for memory.
+    """
     context = multiprocessing.get_context("spawn" if os.name == "nt" else "forkserver")
     if os.name != "nt":
         context.set_forkserver_preload(["prepare"])
-    return ProcessPoolExecutor(workers, context)
+    pool = ProcessPoolExecutor(workers, context)
+    try:
+        yield pool
+    except BrokenProcessPool as error:
+        raise OSError("a process was killed, out of memory? Go on with the same command and fewer --num_workers") from error
+    finally:
+        pool.shutdown(cancel_futures=True)  # Ctrl-C waits for the recordings at hand and no others
 
 
 def run_jobs(out: Path, jobs: list[tuple[Callable[..., float], tuple, Row]], workers: int) -> int:
@@ -268,7 +281,6 @@ def make_maps(source: Path, out: Path, workers: int) -> int:
 # --- render ---
 
 def render_file(audio: Path, midi: Path, source: Path, soundfont: Path) -> float:
-    read_midi(source)
     save_audio(audio, render_midi(open_midi(source), soundfont))
     with written_whole(midi) as temporary:
         shutil.copyfile(source, temporary)
@@ -387,6 +399,9 @@ def main(argv: list[str] | None = None) -> int:
     except (OSError, ValueError) as error:
         print(f"prepare.py: {error}", file=sys.stderr)
         return 1
+    except KeyboardInterrupt:
+        print("prepare.py: interrupted; the same command goes on", file=sys.stderr)
+        return 130
 
 
 if __name__ == "__main__":

@@ -23,8 +23,8 @@ from tqdm import tqdm
 
 import prepare
 from constants import HOP_SIZE, SAMPLE_RATE
-from dataset import Recording, Segments, load_split, read_table
-from evaluate import estimated_notes, evaluate_split, format_table, predict, score, summarise, tune_thresholds, write_results
+from dataset import Recording, Segments, find_table, load_split
+from evaluate import estimated_notes, format_table, predict, score, summarise, tune_thresholds, write_results
 from files import write_json, written_whole
 from model import (
     MODELS,
@@ -34,6 +34,7 @@ from model import (
     Transcriber,
     autocast,
     build_model,
+    load_checkpoint,
     model_of,
     n_parameters,
     pick_device,
@@ -231,11 +232,9 @@ def load_data(args: argparse.Namespace) -> dict[str, list[Recording]]:
         OSError, ValueError: as load_split does.
     """
     if args.debug and not args.data_typed and args.state is None:
-        try:
-            read_table(args.data)
-        except (OSError, ValueError):
+        if find_table(args.data) is None:
             args.data = str(Path(args.data) / "demo")
-            if not (Path(args.data) / "data.json").exists():
+            if find_table(args.data) is None:
                 if rank_and_world()[0] == 0:
                     prepare.make_demo(Path(args.data))
                 if dist.is_initialized():
@@ -247,12 +246,12 @@ def load_data(args: argparse.Namespace) -> dict[str, list[Recording]]:
 def train(args: argparse.Namespace, data: dict[str, list[Recording]], device: torch.device) -> int:
     """The run itself: loop, validations, checkpoints, and the test split once at the end. Returns the exit status."""
     rank, world = rank_and_world()
-    recipe = RECIPES[args.recipe]
     torch.manual_seed(args.seed)
     if args.state:
         model = model_of(args.state, args.resume).to(device)
     else:
-        model = build_model(args.model, Sizes(args.cnn_unit, args.fc_unit), recipe).to(device)
+        model = build_model(args.model, Sizes(args.cnn_unit, args.fc_unit), RECIPES[args.recipe]).to(device)
+    recipe = model.recipe  # a resumed run keeps the one it began with
     model.train()
     optimizer = torch.optim.Adam(model.parameters(), args.learning_rate, weight_decay=args.weight_decay,
                                  fused=device.type in ("cpu", "cuda"))
@@ -320,7 +319,7 @@ def train(args: argparse.Namespace, data: dict[str, list[Recording]], device: to
                 for name, mean in scores.items():
                     writer.add_scalar(name, mean, step)
                 log(f"step {step}\n" + "\n".join(f"{name:30}: {scores[name]:.4f}" for name in REPORTED))
-                if scores["metric/note/f1"] > best:
+                if scores["metric/note/f1"] >= best:
                     best = scores["metric/note/f1"]
                     save(step, "model-best.pt")
                 writer.flush()
@@ -345,18 +344,18 @@ def train(args: argparse.Namespace, data: dict[str, list[Recording]], device: to
 def test(run: Path, args: argparse.Namespace, recordings: list[Recording], device: torch.device, log: Any) -> None:
     """Score the best checkpoint on the test split and write results.txt, .json and .csv. Raises OSError."""
     path = run / "model-best.pt"
-    model = model_of(read_checkpoint(path), path).to(device)
-    rows = evaluate_split(model, recordings)
+    model = load_checkpoint(path, device)
+    logits = predict(model, recordings)
+    rows = [score(recording, logit, model.thresholds) for recording, logit in zip(recordings, logits)]
     table = format_table(summarise(rows))
-    about = {"checkpoint": path.name, "data": str(args.data), "split": "test", "reference": "midi", "sustain_extended": True,
-             "thresholds": model.thresholds}
     with written_whole(run / "results.txt") as temporary:
         temporary.write_text(table + "\n", encoding="utf-8")
-    write_results(run / "results.json", recordings, rows, **about)
+    write_results(run / "results.json", recordings, rows, model.thresholds, checkpoint=path.name, data=str(args.data), split="test",
+                  reference="midi")
     log(f"test, {len(rows)} whole recordings, {path}, thresholds {model.thresholds}\n{table}")
     if args.save_midi:
-        for recording, logits in zip(recordings, predict(model, recordings)):
-            write_midi(run / "midi" / Path(recording.name).with_suffix(".midi"), estimated_notes(logits, model.thresholds))
+        for recording, logit in zip(recordings, logits):
+            write_midi(run / "midi" / Path(recording.name).with_suffix(".midi"), estimated_notes(logit, model.thresholds))
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -370,13 +369,8 @@ def main(argv: list[str] | None = None) -> int:
                 torch.cuda.set_device(device)
             # the others wait while rank 0 makes data, validates and tests, so be patient
             dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=datetime.timedelta(hours=6))
-        data = load_data(args)
-    except (OSError, ValueError) as error:
-        print(f"train.py: {error}", file=sys.stderr)
-        return 1
-    try:
-        return train(args, data, device)
-    except (OSError, ValueError, FloatingPointError) as error:  # a full disk; a damaged checkpoint; a loss that is no number
+        return train(args, load_data(args), device)
+    except (OSError, ValueError, FloatingPointError) as error:  # bad input; a full disk; a loss that is no number
         print(f"train.py: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:  # the second Ctrl-C, or one outside the loop

@@ -10,7 +10,7 @@ from tqdm import tqdm
 
 from audio import has_fluidsynth, load_audio, render_midi, save_audio
 from constants import F_MAX, F_MIN, HOP_SIZE, MAX_MIDI, MIN_MIDI, SAMPLE_RATE
-from evaluate import extract_notes, probability
+from evaluate import estimated_notes, probability
 from files import written_whole
 from model import LogMelSpectrogram, Transcriber, load_checkpoint, pick_device
 from notes import Notes, notes_to_midi, write_midi
@@ -25,7 +25,6 @@ def find_recordings(paths: list[Path]) -> list[tuple[Path, Path]]:
     """The recordings among files and folders, each with the path that its results are named by, relative to the output.
 
     Raises:
-        OSError: there is no such file or folder.
         ValueError: a folder holds no recordings, or two would write the same files.
     """
     found = []
@@ -35,10 +34,8 @@ def find_recordings(paths: list[Path]) -> list[tuple[Path, Path]]:
             if not inside:
                 raise ValueError(f"{path}: holds no recordings ({', '.join(SUFFIXES)})")
             found += [(file, file.relative_to(path)) for file in inside]
-        elif path.exists():
+        else:  # a missing one is for load_audio to report, beside the others' results
             found.append((path, Path(path.name)))
-        else:
-            raise OSError(f"{path}: no such file or folder")
     named = {}
     for path, name in found:
         target = name.with_name(name.stem + MARK)
@@ -81,8 +78,9 @@ def draw(path: Path, audio: np.ndarray, notes: Notes, ref: Notes | None = None) 
 
 def transcribe(model: Transcriber, audio: np.ndarray) -> tuple[Notes, np.ndarray, np.ndarray]:
     """Notes, and the onset and frame probabilities (T, 88) they were read from, of (S,) float32 audio."""
-    frame, onset = (probability(logit.numpy()) for logit in model.infer(torch.from_numpy(audio)))
-    return extract_notes(onset, frame, model.thresholds["onset"], model.thresholds["frame"]), onset, frame
+    frame_logit, onset_logit = (logit.numpy() for logit in model.infer(torch.from_numpy(audio)))
+    notes = estimated_notes((frame_logit, onset_logit), model.thresholds)
+    return notes, probability(onset_logit), probability(frame_logit)
 
 
 def write_all(base: Path, audio: np.ndarray, notes: Notes, onset: np.ndarray, frame: np.ndarray, sound: bool) -> None:

@@ -39,13 +39,13 @@ def write_recording(path: Path, minutes: float) -> None:
     save_audio(path, blocks())
 
 
-def measure(command: list[str]) -> tuple[float, float]:
+def measure(command: list[str], folder: str) -> tuple[float, float]:
     """Wall seconds and peak resident GB of a process."""
-    start = time.perf_counter()
+    start, peak = time.perf_counter(), Path(folder) / "peak"
     subprocess.run([sys.executable, "-c", "import resource, subprocess, sys, json\n"
                     "subprocess.run(json.loads(sys.argv[1]), check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)\n"
                     "open(sys.argv[2], 'w').write(str(resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss))",
-                    json.dumps(command), (peak := Path(tempfile.mkdtemp()) / "peak").as_posix()], check=True)
+                    json.dumps(command), str(peak)], check=True)
     unit = 1 if platform.system() == "Darwin" else 1024  # ru_maxrss is in bytes there, in KiB here
     return time.perf_counter() - start, int(peak.read_text()) * unit / 1e9
 
@@ -61,7 +61,7 @@ def main() -> int:
         for minutes in args.minutes:
             audio = Path(folder) / f"{minutes:g}.flac"
             write_recording(audio, minutes)
-            wall, peak = measure([sys.executable, str(ROOT / "transcribe.py"), str(args.checkpoint), str(audio), "--save_path", folder])
+            wall, peak = measure([sys.executable, str(ROOT / "transcribe.py"), str(args.checkpoint), str(audio), "--save_path", folder], folder)
             print(f"{minutes:8g} {wall:8.1f} {60 * minutes / wall:12.0f} {peak:8.2f}", flush=True)
     return 0
 

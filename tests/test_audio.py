@@ -157,6 +157,16 @@ def test_a_wav_from_a_pipe_promises_no_length(tmp_path):
     np.testing.assert_allclose(load_audio(path), noise(), atol=1e-4)
 
 
+def test_a_header_may_count_its_own_bytes(tmp_path):
+    """Some programs write the size of the whole file where that of the samples belongs: nothing is missing."""
+    path = tmp_path / "counted.wav"
+    soundfile.write(path, noise(), SAMPLE_RATE)
+    content = bytearray(path.read_bytes())
+    content[40:44] = len(content).to_bytes(4, "little")
+    path.write_bytes(content)
+    np.testing.assert_allclose(load_audio(path), noise(), atol=1e-4)
+
+
 @pytest.mark.parametrize("value", [np.nan, np.inf])
 @pytest.mark.parametrize("rate", [SAMPLE_RATE, 44100])
 def test_nan_is_refused(tmp_path, value, rate):

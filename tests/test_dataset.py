@@ -307,3 +307,13 @@ def test_what_cannot_be_read_leaves_no_cache(own_cache, tones):
     with pytest.raises(ValueError, match=r"tones\.flac"):
         load_recording("tones", tones.audio, tones.midi)
     assert not list(own_cache.glob("**/*.np*"))
+
+
+@pytest.mark.parametrize("name", ["/etc/passwd", "../elsewhere.wav", "a/../../b.flac"])
+def test_names_stay_in_the_folder(tmp_path, name):
+    """Results are written by these names too, and must not land on other files."""
+    row = {"canonical_composer": "a", "canonical_title": "b", "split": "train", "year": 1, "midi_filename": "a.midi",
+           "audio_filename": name, "duration": 1}
+    (tmp_path / "data.json").write_text(json.dumps([row]))
+    with pytest.raises(ValueError, match=r"data\.json: is not a table of recordings .*lies outside the folder"):
+        read_table(tmp_path)

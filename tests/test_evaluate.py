@@ -372,7 +372,7 @@ def test_summary_by_hand():
 def test_results_are_written_for_every_recording(tmp_path):
     rows = [{"metric/note/f1": 0.5, "metric/loss/frame_loss": 1.5}, {"metric/note/f1": 1.0, "metric/loss/frame_loss": 0.5}]
     recordings = [recording_of(some_notes(), name=name) for name in ("2004/a, b.wav", "é.flac")]
-    write_results(tmp_path / "out" / "scores.json", recordings, rows, split="test")
+    write_results(tmp_path / "out" / "scores.json", recordings, rows, {"onset": 0.4, "frame": 0.3}, split="test")
     written = json.loads((tmp_path / "out" / "scores.json").read_text(encoding="utf-8"))
     assert written["split"] == "test"
     assert written["means"]["metric/note/f1"] == {"mean": 0.75, "std": 0.25}
@@ -385,7 +385,7 @@ def test_results_are_written_for_every_recording(tmp_path):
 
 def test_a_full_disk_leaves_the_old_results(tmp_path, monkeypatch):
     recordings, rows = [recording_of(some_notes())], [{"metric/note/f1": 0.5}]
-    write_results(tmp_path / "scores.json", recordings, rows)
+    write_results(tmp_path / "scores.json", recordings, rows, {"onset": 0.4, "frame": 0.3})
     before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
 
     def full(*_):
@@ -393,7 +393,7 @@ def test_a_full_disk_leaves_the_old_results(tmp_path, monkeypatch):
 
     monkeypatch.setattr("os.replace", full)
     with pytest.raises(OSError, match=r"scores\.json: cannot be written \(No space left"):
-        write_results(tmp_path / "scores.json", recordings, [{"metric/note/f1": 0.9}])
+        write_results(tmp_path / "scores.json", recordings, [{"metric/note/f1": 0.9}], {"onset": 0.4, "frame": 0.3})
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
 
 

@@ -200,6 +200,20 @@ def test_a_run_resumed_elsewhere_leaves_a_whole_folder(finished, tmp_path):
     assert {"model-best.pt", "results.txt", "results.json"} <= {path.name for path in (tmp_path / "new").iterdir()}
 
 
+def test_a_resumed_run_keeps_its_recipe(data_folder, tmp_path, monkeypatch):
+    """What `--recipe default` means may change between two versions; a run that began with the old one ends with it."""
+    assert train.main(tiny(data_folder, tmp_path / "whole")) == 0
+    monkeypatch.setitem(train.RECIPES, "default", RECIPES["course"])
+    assert train.main(["--resume", str(tmp_path / "whole" / "model-2.pt"), "--logdir", str(tmp_path / "again"), "--device", "cpu"]) == 0
+    assert_same_run(tmp_path / "whole" / "model-4.pt", tmp_path / "again" / "model-4.pt")
+
+
+def test_the_latest_of_equals_is_best(data_folder, tmp_path):
+    """On the plateau all score zero: the one that has learnt longest is kept."""
+    assert train.main(tiny(data_folder, tmp_path, "--recipe", "course")) == 0
+    assert state_of(tmp_path / "model-best.pt")["step"] == 4
+
+
 def test_workers_change_no_result(finished, data_folder, tmp_path):
     assert train.main(tiny(data_folder, tmp_path, "--num_workers", "2")) == 0
     assert_same_run(finished / "model-4.pt", tmp_path / "model-4.pt")
@@ -400,6 +414,15 @@ def test_debug_makes_the_demo_set_where_there_is_no_data(tmp_path, monkeypatch, 
     made = (tmp_path / "data" / "demo" / "data.json").stat().st_mtime_ns
     assert train.main(["--debug", "-i", "1", "--logdir", "runs/again", *TINY]) == 0  # the second time it is there
     assert (tmp_path / "data" / "demo" / "data.json").stat().st_mtime_ns == made
+
+
+def test_debug_does_not_pass_over_broken_data(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "data.json").write_text("[{")
+    assert train.main(["--debug", *TINY]) == 1
+    assert "data.json: is not a table of recordings" in capsys.readouterr().err
+    assert not (tmp_path / "data" / "demo").exists()
 
 
 def test_debug_takes_a_few_recordings_of_what_is_there(data_folder, tmp_path, monkeypatch):

@@ -229,9 +229,10 @@ def test_a_failed_file_does_not_stop_the_others(checkpoint, tones, tmp_path, pla
     bad = tmp_path / "bad.flac"
     bad.write_text("dear diary")
     last = write(tmp_path / "last.wav", play(NOTES, 0.5), SAMPLE_RATE)
-    assert run(checkpoint, tmp_path / "out", bad, tones.audio, last) == 1
+    missing = tmp_path / "missing.flac"
+    assert run(checkpoint, tmp_path / "out", bad, tones.audio, missing, last) == 1
     assert written(tmp_path / "out") == {f"{stem}_transcribed{ending}" for stem in ("tones", "last") for ending in (".npz", ".midi")}
     captured = capsys.readouterr()
     errors = [line for line in captured.err.splitlines() if "libfluidsynth" not in line]
-    assert len(errors) == 1 and errors[0].startswith(f"transcribe.py: {bad}: ")
+    assert [line.startswith(f"transcribe.py: {path}: ") for line, path in zip(errors, (bad, missing), strict=True)] == [True, True]
     assert captured.out.count("->") == 2
