@@ -4,6 +4,7 @@ Shapes: B batch, S samples, T frames, M mel bands, C channels, H hidden units, K
 """
 
 import dataclasses
+import io
 import math
 import platform
 from dataclasses import dataclass
@@ -355,11 +356,10 @@ def save_checkpoint(path: str | Path, model: Transcriber, **training: Any) -> No
     state = {"model": name, "sizes": dataclasses.asdict(model.sizes), "recipe": dataclasses.asdict(model.recipe),
              "constants": constants_dict(), "thresholds": model.thresholds, "weights": model.state_dict(),
              "versions": {"torch": torch.__version__ + "", "python": platform.python_version()}, **training}
+    buffer = io.BytesIO()
+    torch.save(state, buffer)  # not into the file: of a full disk torch's own writer says nothing that helps
     with written_whole(path) as temporary:
-        try:
-            torch.save(state, temporary)
-        except RuntimeError as error:  # what torch makes of a full disk
-            raise OSError(str(error).splitlines()[0]) from error
+        temporary.write_bytes(buffer.getbuffer())
 
 
 def read_checkpoint(path: str | Path) -> dict[str, Any]:

@@ -363,20 +363,19 @@ def test_a_checkpoint_carries_the_constants_and_what_training_adds(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["m.pt"]
 
 
-@pytest.mark.parametrize("error", [OSError(errno.ENOSPC, "No space left on device"), RuntimeError("unexpected pos 64 vs 0\nmore")])
-def test_a_failed_save_leaves_the_old_file(error, tmp_path, monkeypatch):
+def test_a_failed_save_leaves_the_old_file(tmp_path, monkeypatch):
     model = build_model("rnn", SMALL)
     save_checkpoint(tmp_path / "m.pt", model)
     before = (tmp_path / "m.pt").read_bytes()
 
-    def half(state, path):
-        Path(path).write_bytes(b"half of it")
-        raise error
+    def half(path, data):
+        with open(path, "wb") as file:
+            file.write(data[: len(data) // 2])
+        raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(torch, "save", half)
-    with pytest.raises(OSError, match=r"m\.pt: cannot be written") as caught:
+    monkeypatch.setattr(Path, "write_bytes", half)
+    with pytest.raises(OSError, match=r"m\.pt: cannot be written \(No space left on device\)$"):
         save_checkpoint(tmp_path / "m.pt", model)
-    assert "\n" not in str(caught.value)
     assert (tmp_path / "m.pt").read_bytes() == before
     assert [path.name for path in tmp_path.iterdir()] == ["m.pt"]
 
