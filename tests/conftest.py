@@ -14,7 +14,9 @@ from files import write_json
 from model import Sizes, build_model, save_checkpoint
 from notes import Notes, write_midi
 
-os.environ["CUDA_VISIBLE_DEVICES"] = os.environ.get("CUDA_VISIBLE_DEVICES", "")
+ROOT = Path(__file__).resolve().parent.parent
+
+os.environ["CUDA_VISIBLE_DEVICES"] = ""  # the same numbers everywhere; test_cuda.py looks at GPUs
 torch.set_num_threads(1)  # these models are so small that threads only wait for each other
 
 

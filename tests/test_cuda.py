@@ -1,0 +1,45 @@
+"""The same on a GPU. Each test runs in a process of its own, because the others hide the GPU to give the same numbers everywhere."""
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from conftest import ROOT
+
+pytestmark = pytest.mark.skipif(not shutil.which("nvidia-smi"), reason="needs an NVIDIA GPU")
+
+
+def run(*command: str) -> str:
+    environment = {name: value for name, value in os.environ.items() if name != "CUDA_VISIBLE_DEVICES"}
+    done = subprocess.run([sys.executable, *command], cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_training_and_resuming(data_folder: Path, tmp_path: Path):
+    flags = ["--data", str(data_folder), "--logdir", str(tmp_path / "run"), "-i", "4", "-vi", "2", "-b", "2", "-v", "16384", "--device", "cuda"]
+    assert "on cuda" in run("train.py", *flags)
+    assert (tmp_path / "run" / "results.json").is_file()
+    run("train.py", "--resume", str(tmp_path / "run" / "model-2.pt"), "--logdir", str(tmp_path / "again"), "--device", "cuda")
+    assert (tmp_path / "again" / "results.json").is_file()
+
+
+@pytest.mark.parametrize("model", ["baseline", "rnn", "crnn", "onf"])
+def test_a_gpu_hears_what_a_cpu_hears(model: str):
+    """In float32 without TF32, on two seconds of noise; the rest is the order of additions."""
+    difference = run("-c", f"""
+import contextlib
+import torch
+import model
+torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
+model.autocast = lambda device: contextlib.nullcontext()
+torch.manual_seed(0)
+transcriber = model.build_model({model!r}).eval()
+audio = 0.1 * torch.randn(32000)
+cpu, gpu = transcriber.infer(audio), transcriber.to("cuda").infer(audio)
+print(max(float((a - b).abs().max()) for a, b in zip(cpu, gpu)))
+""")
+    assert float(difference) < 1e-3
