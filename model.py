@@ -359,7 +359,7 @@ def save_checkpoint(path: str | Path, model: Transcriber, **training: Any) -> No
     buffer = io.BytesIO()
     torch.save(state, buffer)  # not into the file: of a full disk torch's own writer says nothing that helps
     with written_whole(path) as temporary:
-        temporary.write_bytes(buffer.getbuffer())
+        temporary.write_bytes(buffer.getvalue())
 
 
 def read_checkpoint(path: str | Path) -> dict[str, Any]:
