@@ -162,6 +162,14 @@ def test_a_recording_of_a_moment(n_samples, lively, tmp_path):
     assert probabilities(tmp_path / "out" / "moment_transcribed.npz").shape == (1, 176)
 
 
+def test_a_recording_is_heard_to_its_end(checkpoint, tmp_path, plain):
+    """And not for its first half minute alone."""
+    path = write(tmp_path / "long.wav", np.zeros(40 * SAMPLE_RATE, np.float32), SAMPLE_RATE)
+    assert run(checkpoint, tmp_path / "out", path) == 0
+    with np.load(tmp_path / "out" / "long_transcribed.npz") as arrays:
+        assert arrays["frame"].shape == arrays["onset"].shape == (40 * SAMPLE_RATE // HOP_SIZE, 88)
+
+
 def test_silence_has_no_notes_and_all_its_files(checkpoint, tmp_path):
     path = write(tmp_path / "silence.wav", np.zeros(SAMPLE_RATE, dtype=np.float32), SAMPLE_RATE)
     assert run(checkpoint, tmp_path / "out", path) == 0
