@@ -186,6 +186,7 @@ class Segments(torch.utils.data.Dataset):
         self.places = np.cumsum([max(1, recording.n_frames - self.n_frames + 1) for recording in recordings])
 
     def __len__(self) -> int:
+        """How many different segments there are; any number of them may be drawn."""
         return int(self.places[-1])
 
     def __getitem__(self, index: int) -> dict[str, Any]:

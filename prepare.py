@@ -105,16 +105,6 @@ def seconds_of(audio: Path) -> float:
         raise ValueError(f"{audio}: is broken, delete it and run again") from error
 
 
-def convert(audio: Path, midi: Path, from_audio: Path, from_midi: Path) -> float:
-    """Any audio to 16 kHz mono, in the format of its new name; the MIDI file as it is."""
-    samples = load_audio(from_audio)
-    read_midi(from_midi)  # a broken one is worth knowing about now
-    save_audio(audio, [samples])
-    with written_whole(midi) as temporary:
-        shutil.copyfile(from_midi, temporary)
-    return len(samples) / SAMPLE_RATE
-
-
 # --- demo ---
 
 def demo_texture(random: np.random.Generator, start: float) -> list[tuple[float, float, int]]:
@@ -215,14 +205,19 @@ def make_maestro(source: Path, out: Path, counts: dict[str, int] | None, workers
     jobs = []
     for row in rows:
         target = {**row, "audio_filename": str(Path(row["audio_filename"]).with_suffix(".flac"))}
-        # where the audio is missing the job says so, beside the others' results
-        jobs.append((convert_row, (source, row["audio_filename"], source / row["midi_filename"]), target))
+        jobs.append((convert_maestro, (source, row), target))
     print(f"choice {rank_of(' '.join(sorted(row['midi_filename'] for row in rows)))[:12]} of {len(rows)} recordings")
     return run_jobs(out, jobs, workers)
 
 
-def convert_row(audio: Path, midi: Path, source: Path, name: str, from_midi: Path) -> float:
-    return convert(audio, midi, find_audio(source, name), from_midi)
+def convert_maestro(audio: Path, midi: Path, source: Path, row: Row) -> float:
+    """Audio to 16 kHz mono, the MIDI file as it is."""
+    samples = load_audio(find_audio(source, row["audio_filename"]))
+    read_midi(source / row["midi_filename"])  # a broken one is worth knowing about now
+    save_audio(audio, [samples])
+    with written_whole(midi) as temporary:
+        shutil.copyfile(source / row["midi_filename"], temporary)
+    return len(samples) / SAMPLE_RATE
 
 
 # --- maps ---

@@ -114,7 +114,7 @@ def any_rank(*flags: bool) -> list[bool]:
 def validate(model: Transcriber, recordings: list[Recording]) -> dict[str, float]:
     """Mean validation metrics; where the recipe says so, the model's thresholds are tuned on the same recordings first."""
     model.eval()
-    logits = predict(model, recordings)
+    logits = list(predict(model, recordings))
     if model.recipe.tune_thresholds:
         model.thresholds = tune_thresholds(recordings, logits)
     rows = [score(recording, logit, model.thresholds) for recording, logit in zip(recordings, logits)]
@@ -329,7 +329,7 @@ def train(args: argparse.Namespace, data: dict[str, list[Recording]], device: to
                 dist.barrier()  # the others wait for rank 0
             if stopping and step < args.iterations:
                 log(f"stopped after step {step}; go on with: python train.py --resume {path}")
-                return 128 + stop.number
+                return 128 + (stop.number or signal.SIGTERM)  # another rank may have got it
     finally:
         stop.restore()
         if writer:
@@ -345,17 +345,17 @@ def test(run: Path, args: argparse.Namespace, recordings: list[Recording], devic
     """Score the best checkpoint on the test split and write results.txt, .json and .csv. Raises OSError."""
     path = run / "model-best.pt"
     model = load_checkpoint(path, device)
-    logits = predict(model, recordings)
-    rows = [score(recording, logit, model.thresholds) for recording, logit in zip(recordings, logits)]
+    rows = []
+    for recording, logits in zip(recordings, predict(model, recordings)):
+        rows.append(score(recording, logits, model.thresholds))
+        if args.save_midi:
+            write_midi(run / "midi" / Path(recording.name).with_suffix(".midi"), estimated_notes(logits, model.thresholds))
     table = format_table(summarise(rows))
     with written_whole(run / "results.txt") as temporary:
         temporary.write_text(table + "\n", encoding="utf-8")
     write_results(run / "results.json", recordings, rows, model.thresholds, checkpoint=path.name, data=str(args.data), split="test",
                   reference="midi")
     log(f"test, {len(rows)} whole recordings, {path}, thresholds {model.thresholds}\n{table}")
-    if args.save_midi:
-        for recording, logit in zip(recordings, logits):
-            write_midi(run / "midi" / Path(recording.name).with_suffix(".midi"), estimated_notes(logit, model.thresholds))
 
 
 def main(argv: list[str] | None = None) -> int:
