@@ -14,7 +14,7 @@ from tqdm import tqdm
 from constants import HOP_SIZE, MIN_MIDI, SAMPLE_RATE
 from dataset import SPLITS, Recording, load_split
 from files import write_json, written_whole
-from model import Transcriber, model_of, pick_device, read_checkpoint
+from model import Transcriber, keep_pages, model_of, pick_device, read_checkpoint
 from notes import Notes, frames_to_seconds, notes_to_rolls
 
 VELOCITY = 80  # the models hear no loudness; every note they write is mezzo-forte
@@ -186,6 +186,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 
 def main(argv: list[str] | None = None) -> int:
     args = parse_args(argv)
+    keep_pages()
     try:
         device = pick_device(args.device)
         state = read_checkpoint(args.checkpoint)

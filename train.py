@@ -1,8 +1,6 @@
 """Train a transcriber: `python train.py --model onf`. On several GPUs or hosts: `torchrun --nproc_per_node N train.py …`."""
 
 import argparse
-import contextlib
-import ctypes
 import dataclasses
 import datetime
 import math
@@ -34,6 +32,7 @@ from model import (
     Transcriber,
     autocast,
     build_model,
+    keep_pages,
     load_checkpoint,
     model_of,
     n_parameters,
@@ -51,15 +50,6 @@ REPORTED = ("metric/loss/frame_loss", "metric/loss/onset_loss", "metric/frame/fr
 DEBUG = {"iterations": 150, "batch_size": 8, "sequence_length": 51200, "validation_interval": 50, "learning_rate": 2e-3}
 DEBUG_RECORDINGS = 10
 FIXED = ("model", "recipe", "sequence_length", "batch_size", "learning_rate", "weight_decay", "cnn_unit", "fc_unit", "seed")
-
-
-def keep_pages() -> None:
-    """Let glibc keep freed memory for the next step: handing fresh pages to each was nearly half of a step on the CPU."""
-    with contextlib.suppress(OSError, AttributeError):  # not glibc: nothing to tune
-        mallopt = ctypes.CDLL(None).mallopt
-        mallopt(-4, 0)         # M_MMAP_MAX: no big block gets a mapping of its own, to be unmapped when freed
-        mallopt(-1, -1)        # M_TRIM_THRESHOLD: never give the top of the heap back
-        mallopt(-2, 64 << 20)  # M_TOP_PAD: grow by 64 MiB at a time
 
 
 def learning_rate_factor(recipe: Recipe, iterations: int, step: int) -> float:

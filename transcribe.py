@@ -12,7 +12,7 @@ from audio import has_fluidsynth, load_audio, render_midi, save_audio
 from constants import F_MAX, F_MIN, HOP_SIZE, MAX_MIDI, MIN_MIDI, SAMPLE_RATE
 from evaluate import estimated_notes, probability
 from files import written_whole
-from model import LogMelSpectrogram, Transcriber, load_checkpoint, pick_device
+from model import LogMelSpectrogram, Transcriber, keep_pages, load_checkpoint, pick_device
 from notes import Notes, notes_to_midi, write_midi
 
 SUFFIXES = (".wav", ".flac", ".mp3", ".ogg", ".oga", ".opus", ".aiff", ".aif", ".aifc", ".au", ".caf", ".w64", ".rf64",
@@ -106,6 +106,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 
 def main(argv: list[str] | None = None) -> int:
     args = parse_args(argv)
+    keep_pages()
     try:
         model = load_checkpoint(args.checkpoint, pick_device(args.device))
         recordings = find_recordings(args.audio)
