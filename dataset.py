@@ -3,6 +3,7 @@
 import csv
 import hashlib
 import json
+import mmap
 import os
 import zipfile
 from concurrent.futures import ThreadPoolExecutor
@@ -45,7 +46,16 @@ class Recording:
 
     def to_float(self) -> Tensor:
         """(S,) float32 in [-1, 1]."""
-        return torch.from_numpy(self.audio.astype(np.float32) / INT16)
+        audio = torch.from_numpy(self.audio.astype(np.float32) / INT16)
+        forget_pages(self.audio)
+        return audio
+
+
+def forget_pages(audio: np.ndarray) -> None:
+    """Let go of what was read of a mapped file; else all of a large data set would come to count as this process's memory."""
+    mapping = getattr(audio, "_mmap", None)
+    if mapping is not None and hasattr(mapping, "madvise"):  # Windows has none, and trims mapped files by itself
+        mapping.madvise(mmap.MADV_DONTNEED)
 
 
 def audio_to_int16(audio: np.ndarray) -> np.ndarray:
@@ -204,6 +214,7 @@ class Segments(torch.utils.data.Dataset):
         audio = np.zeros(self.sequence_length, dtype=np.float32)
         piece = recording.audio[start * HOP_SIZE : start * HOP_SIZE + self.sequence_length]
         np.multiply(piece, np.float32(gain), out=audio[: len(piece)])
+        forget_pages(recording.audio)
         rolls = np.zeros((2, self.n_frames, N_KEYS), dtype=np.float32)
         inside = min(self.n_frames, recording.n_frames - start)
         if inside > 0:

@@ -282,6 +282,8 @@ def train(args: argparse.Namespace, data: dict[str, list[Recording]], device: to
 
     segments = Segments(data["train"], args.sequence_length, args.seed, recipe.gain_db)
     stop = StopRequest()
+    look = 1 if device.type == "cpu" else 10  # steps between looks at the loss, each of which waits for the GPU to be done
+    unseen: list[tuple[int, Tensor, Tensor]] = []  # steps since the last look, with their losses and the recordings they heard
     try:
         bar = tqdm(range(first, args.iterations + 1), initial=first - 1, total=args.iterations, disable=rank != 0, dynamic_ncols=True)
         for step, batch in zip(bar, batches(segments, args.batch_size, first, args.iterations, args.num_workers, device)):
@@ -289,21 +291,27 @@ def train(args: argparse.Namespace, data: dict[str, list[Recording]], device: to
             torch.manual_seed(int(np.random.SeedSequence((args.seed, step, rank)).generate_state(1, np.uint64)[0] >> 1))
             losses = losses_of(parallel, batch, device)
             loss = sum(losses.values())
-            value = loss.item()
-            broken, stopping = any_rank(not math.isfinite(value), bool(stop.number))
-            if broken:
-                names = ", ".join(data["train"][i].name for i in sorted(set(batch["recording"].tolist())))
-                raise FloatingPointError(f"step {step}: the loss is {value}; recordings of the batch: {names}")
             optimizer.zero_grad()
             loss.backward()
             clip_gradients(model, recipe)
             optimizer.step()
             schedule.step()
-            bar.set_postfix_str(f"loss {value:.4f}")
+            validating = step % args.validation_interval == 0 or step == args.iterations
+            unseen.append((step, loss.detach(), batch["recording"]))
+            stopping = False
+            if validating or step % look == 0:
+                values = torch.stack([loss for _, loss, _ in unseen]).tolist()
+                wrong = [not math.isfinite(value) for value in values]
+                broken, stopping = any_rank(any(wrong), bool(stop.number))
+                if broken:
+                    number, _, drawn = unseen[wrong.index(True) if any(wrong) else -1]
+                    names = ", ".join(data["train"][i].name for i in sorted(set(drawn.tolist())))
+                    raise FloatingPointError(f"step {number}: the loss is {values[number - step - 1]}; recordings of the batch: {names}")
+                unseen.clear()
+                bar.set_postfix_str(f"loss {values[-1]:.4f}")
             if writer and (step % 10 == 0 or step == 1):
                 for name, scalar in {**losses, "learning_rate": torch.tensor(optimizer.param_groups[0]["lr"])}.items():
                     writer.add_scalar(f"train/{name}", scalar.item(), step)
-            validating = step % args.validation_interval == 0 or step == args.iterations
             if validating and rank == 0:
                 scores = validate(model, validation)
                 for name, mean in scores.items():
@@ -353,6 +361,7 @@ def main(argv: list[str] | None = None) -> int:
     try:
         args = parse_args(argv)
         device = pick_device(args.device)
+        torch.backends.cudnn.benchmark = True  # every batch has one shape, whose fastest convolutions are worth a search
         if int(os.environ.get("WORLD_SIZE", 1)) > 1:
             if device.type == "cuda":
                 device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
