@@ -49,10 +49,36 @@ class Recipe:
     cosine: bool = True              # warm-up and cosine to zero; else x 0.98 per 1000 steps
     clip_jointly: bool = True        # one gradient norm for all parameters; else each parameter by itself
     gain_db: float = 12.0            # segments are made softer by up to this many dB
+    detune: float = 0.15             # and higher or lower by up to this many semitones
+    equaliser_db: float = 6.0        # and louder or softer by up to this many dB in each of eight bands
+    room: float = 0.6                # how many of them get the reverberation of a made-up room
+    noise: float = 0.5               # how many of them get noise
     learning_rate: float = 1e-3      # at its peak
 
 
-RECIPES = {"default": Recipe(), "course": Recipe(False, False, False, False, False, False, False, 0.0, 6e-4)}
+RECIPES = {"default": Recipe(), "course": Recipe(False, False, False, False, False, False, False, 0.0, 0.0, 0.0, 0.0, 0.0, 6e-4)}
+
+
+def recipe_of(text: str) -> Recipe:
+    """The recipe of that name, or with entries changed: `default,room=0,cosine=False`.
+
+    Raises:
+        ValueError: there is no such recipe or entry, or the value is not of its kind.
+    """
+    name, *changes = text.split(",")
+    if name not in RECIPES:
+        raise ValueError(f"recipe {name!r}: known are {', '.join(RECIPES)}")
+    changed = {}
+    for change in changes:
+        entry, _, value = change.partition("=")
+        if entry not in (known := dataclasses.asdict(RECIPES[name])):
+            raise ValueError(f"recipe entry {entry!r}: known are {', '.join(known)}")
+        kinds = {bool: {"True": True, "False": False}.__getitem__, float: float, int: int}
+        try:
+            changed[entry] = kinds[type(known[entry])](value)
+        except (KeyError, ValueError) as error:
+            raise ValueError(f"recipe entry {entry}: {value!r} is no {type(known[entry]).__name__}") from error
+    return dataclasses.replace(RECIPES[name], **changed)
 
 
 @dataclass(frozen=True)

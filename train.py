@@ -20,6 +20,7 @@ from torch.nn.utils import clip_grad_norm_
 from tqdm import tqdm
 
 import prepare
+from augment import augment
 from constants import HOP_SIZE, SAMPLE_RATE
 from dataset import Recording, Segments, find_table, load_split
 from evaluate import estimated_notes, format_table, predict, score, summarise, tune_thresholds, write_results
@@ -38,6 +39,7 @@ from model import (
     n_parameters,
     pick_device,
     read_checkpoint,
+    recipe_of,
     save_checkpoint,
 )
 from notes import write_midi
@@ -153,11 +155,19 @@ def build_parser(**defaults: Any) -> argparse.ArgumentParser:
             raise ValueError
         return value
 
+    def recipe(text: str) -> str:
+        try:
+            recipe_of(text)
+        except ValueError as error:
+            raise argparse.ArgumentTypeError(str(error)) from error
+        return text
+
     parser = argparse.ArgumentParser(description="Train a piano transcriber, choose its best checkpoint on validation, score it on test.",
                                      formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     add = parser.add_argument
     add("--model", "--model_type", type=str.lower, choices=tuple(MODELS), default="onf", help="which transcriber")
-    add("--recipe", choices=tuple(RECIPES), default="default", help="course: the homework's exact training, for its logs")
+    add("--recipe", type=recipe, default="default", metavar="NAME[,ENTRY=VALUE...]",
+        help="default, or course, the homework's exact training; entries of model.Recipe can be changed: default,room=0")
     add("--data", default="data", help="data folder, see prepare.py")
     add("--iterations", "-i", type=positive(int), default=5000, help="training steps")
     add("--batch_size", "-b", type=positive(int), default=16, help="segments in a step, over all processes")
@@ -206,7 +216,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         args.state = state
     else:
         args = build_parser(**(DEBUG if typed.get("debug") else {})).parse_args(argv)
-        args.learning_rate = args.learning_rate or RECIPES[args.recipe].learning_rate
+        args.learning_rate = args.learning_rate or recipe_of(args.recipe).learning_rate
         args.state = None
     world = int(os.environ.get("WORLD_SIZE", 1))
     if args.batch_size % world:
@@ -240,7 +250,7 @@ def train(args: argparse.Namespace, data: dict[str, list[Recording]], device: to
     if args.state:
         model = model_of(args.state, args.resume).to(device)
     else:
-        model = build_model(args.model, Sizes(args.cnn_unit, args.fc_unit), RECIPES[args.recipe]).to(device)
+        model = build_model(args.model, Sizes(args.cnn_unit, args.fc_unit), recipe_of(args.recipe)).to(device)
     recipe = model.recipe  # a resumed run keeps the one it began with
     model.train()
     optimizer = torch.optim.Adam(model.parameters(), args.learning_rate, weight_decay=args.weight_decay,
@@ -280,7 +290,7 @@ def train(args: argparse.Namespace, data: dict[str, list[Recording]], device: to
                             best=best, data=description, arguments=config)
         return run / name
 
-    segments = Segments(data["train"], args.sequence_length, args.seed, recipe.gain_db)
+    segments = Segments(data["train"], args.sequence_length, args.seed, recipe.gain_db, recipe.detune)
     stop = StopRequest()
     look = 1 if device.type == "cpu" else 10  # steps between looks at the loss, each of which waits for the GPU to be done
     unseen: list[tuple[int, Tensor, Tensor]] = []  # steps since the last look, with their losses and the recordings they heard
@@ -289,6 +299,7 @@ def train(args: argparse.Namespace, data: dict[str, list[Recording]], device: to
         for step, batch in zip(bar, batches(segments, args.batch_size, first, args.iterations, args.num_workers, device)):
             # dropout too is drawn from the seed and the step alone: that is the whole random state of a run
             torch.manual_seed(int(np.random.SeedSequence((args.seed, step, rank)).generate_state(1, np.uint64)[0] >> 1))
+            batch["audio"] = augment(batch["audio"], recipe.equaliser_db, recipe.room, recipe.noise)
             losses = losses_of(parallel, batch, device)
             loss = sum(losses.values())
             optimizer.zero_grad()

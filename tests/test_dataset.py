@@ -317,3 +317,36 @@ def test_names_stay_in_the_folder(tmp_path, name):
     (tmp_path / "data.json").write_text(json.dumps([row]))
     with pytest.raises(ValueError, match=r"data\.json: is not a table of recordings .*lies outside the folder"):
         read_table(tmp_path)
+
+
+# --- detuning ---
+
+def test_a_faster_segment_is_higher_and_its_notes_come_sooner():
+    audio = audio_to_int16(0.5 * np.sin(2 * np.pi * 1000 * np.arange(10 * SAMPLE_RATE) / SAMPLE_RATE))
+    notes = Notes([(1.0, 3.0), (3.9, 4.5)], [60, 61], [80, 80])
+    segments = Segments([Recording("tone", audio, notes)], 5 * SAMPLE_RATE // HOP_SIZE * HOP_SIZE, 0)
+    speed = 2 ** (1 / 12)
+    plain, fast = segments.cut(0, 30), segments.cut(0, 30, speed=speed)
+    assert fast["audio"].shape == plain["audio"].shape and fast["onset"].shape == plain["onset"].shape
+    peak = np.abs(np.fft.rfft(fast["audio"].numpy())).argmax() * SAMPLE_RATE / len(fast["audio"])
+    assert abs(peak - 1000 * speed) < 1
+    start = 30 * HOP_SIZE / SAMPLE_RATE
+    for key, onset in ((60, 1.0), (61, 3.9)):
+        frame = int(fast["onset"][:, key - 21].argmax())
+        assert frame == int((onset - start) / speed * SAMPLE_RATE // HOP_SIZE) and fast["onset"][:, key - 21].sum() == 1
+    assert plain["frame"][:, 39].sum() / fast["frame"][:, 39].sum() == pytest.approx(speed, abs=0.05)
+
+
+def test_a_detuned_segment_at_the_end_is_silent_after_it():
+    audio = audio_to_int16(np.full(20 * HOP_SIZE, 0.5))
+    segments = Segments([Recording("short", audio, Notes([(0.0, 9.0)], [60], [80]))], 30 * HOP_SIZE, 0, detune=1.0)
+    for number in range(20):
+        segment = segments[number]
+        filled = int(segment["frame"][:, 39].sum())
+        assert 17 <= filled <= 22 and not segment["audio"][(filled + 1) * HOP_SIZE :].any()
+
+
+def test_detuning_is_drawn_from_seed_and_number():
+    audio = audio_to_int16(np.random.default_rng(0).uniform(-0.5, 0.5, 8 * SAMPLE_RATE))
+    first, second = (Segments([Recording("noise", audio, NO_NOTES)], SAMPLE_RATE // HOP_SIZE * HOP_SIZE, 1, detune=0.15) for _ in "ab")
+    assert torch.equal(first[5]["audio"], second[5]["audio"])

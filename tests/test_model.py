@@ -33,6 +33,7 @@ from model import (
     n_parameters,
     pick_device,
     read_checkpoint,
+    recipe_of,
     save_checkpoint,
 )
 
@@ -491,3 +492,21 @@ def test_an_unknown_device_is_named():
     with pytest.raises(ValueError, match="device 'abacus'"):
         pick_device("abacus")
     assert pick_device("cpu") == torch.device("cpu")
+
+
+# --- recipes ---
+
+def test_a_recipe_with_changed_entries():
+    recipe = recipe_of("default,room=0.25,cosine=False")
+    assert recipe == dataclasses.replace(RECIPES["default"], room=0.25, cosine=False)
+    assert recipe_of("course") == RECIPES["course"]
+
+
+@pytest.mark.parametrize("text, says", [("dfault", "recipe 'dfault': known are default, course"),
+                                        ("default,rom=1", "recipe entry 'rom': known are "),
+                                        ("default,room=much", "recipe entry room: 'much' is no float"),
+                                        ("course,cosine=yes", "recipe entry cosine: 'yes' is no bool"), ("default,", "recipe entry ''")])
+def test_a_wrong_recipe_is_named(text, says):
+    with pytest.raises(ValueError) as caught:
+        recipe_of(text)
+    assert str(caught.value).startswith(says)
