@@ -42,7 +42,7 @@ class Recipe:
     """
 
     normalise_mel: bool = True       # batch norm of each mel band over time, as in Kong et al. 2021
-    normalise_features: bool = True  # layer norm before each recurrent layer
+    normalise_features: bool = True  # layer norm of what the recurrent layers and the heads get
     residual: bool = True            # a linear path past the recurrent layers, which then learn what it lacks (He et al. 2016)
     base_rate_bias: bool = True      # output biases start at the log-odds of silence
     tune_thresholds: bool = True     # on validation; else 0.5 and 0.5
@@ -179,13 +179,19 @@ class ConvStack(nn.Module):
     Pooling comes before the rectifier, which changes no value and halves its work.
     """
 
-    def __init__(self, n_mels: int, cnn_unit: int, fc_unit: int) -> None:
+    def __init__(self, n_mels: int, cnn_unit: int, fc_unit: int, norm: nn.Module) -> None:
+        """
+        Args:
+            norm: of the features, (B, T, fc_unit). It comes before their dropout: the other way round it would scale what is
+                left, and features be larger by a half when nothing is dropped any more (Li et al., CVPR 2019).
+        """
         super().__init__()
         self.cnn = nn.Sequential(
             nn.Conv2d(1, cnn_unit, 3, padding=1), BatchNorm(cnn_unit), nn.ReLU(inplace=True),
             nn.Conv2d(cnn_unit, cnn_unit, 3, padding=1), BatchNorm(cnn_unit), MaxPool(), nn.ReLU(inplace=True), Dropout(0.25),
             nn.Conv2d(cnn_unit, cnn_unit * 2, 3, padding=1), BatchNorm(cnn_unit * 2), MaxPool(), nn.ReLU(inplace=True), Dropout(0.25))
         self.fc = nn.Sequential(nn.Linear(cnn_unit * 2 * (n_mels // 4), fc_unit), Dropout(0.5))
+        self.norm = norm
 
     def forward(self, mel: Tensor) -> Tensor:
         """(B, T, M) -> (B, T, fc_unit)."""
@@ -195,7 +201,7 @@ class ConvStack(nn.Module):
         # the weights instead is a thousandth of the work
         weight = linear.weight.unflatten(1, (x.shape[1], x.shape[3])).transpose(1, 2).flatten(1)
         x = x.permute(0, 2, 3, 1).flatten(2)                              # (B, C, T, M // 4) -> (B, T, M // 4 * C)
-        return dropout(nn.functional.linear(x, weight, linear.bias))      # -> (B, T, fc_unit)
+        return dropout(self.norm(nn.functional.linear(x, weight, linear.bias)))  # -> (B, T, fc_unit)
 
 
 def bi_lstm(inputs: int, units: int) -> nn.LSTM:
@@ -223,8 +229,9 @@ class Transcriber(nn.Module):
         self.melspectrogram = LogMelSpectrogram()
         self.mel_norm = BatchNorm(N_MELS, affine=False) if recipe.normalise_mel else nn.Identity()
 
-    def conv_stack(self) -> ConvStack:
-        return ConvStack(N_MELS, self.sizes.cnn_unit, self.sizes.fc_unit)
+    def conv_stack(self, normalised: bool = True) -> ConvStack:
+        norm = self.norm(self.sizes.fc_unit) if normalised else nn.Identity()
+        return ConvStack(N_MELS, self.sizes.cnn_unit, self.sizes.fc_unit, norm)
 
     def norm(self, features: int) -> nn.Module:
         """Layer norm before a recurrent layer (Ba et al. 2016), where the recipe has it."""
@@ -294,7 +301,7 @@ class Baseline(Transcriber):
 
     def __init__(self, sizes: Sizes, recipe: Recipe) -> None:
         super().__init__(sizes, recipe)
-        self.frame_conv_stack, self.onset_conv_stack = self.conv_stack(), self.conv_stack()
+        self.frame_conv_stack, self.onset_conv_stack = (self.conv_stack(normalised=False) for _ in range(2))
         self.frame_fc = self.output(sizes.fc_unit, FRAME_RATE)
         self.onset_fc = self.output(sizes.fc_unit, ONSET_RATE)
 
@@ -329,14 +336,13 @@ class CRNN(Transcriber):
     def __init__(self, sizes: Sizes, recipe: Recipe) -> None:
         super().__init__(sizes, recipe)
         self.frame_conv_stack, self.onset_conv_stack = self.conv_stack(), self.conv_stack()
-        self.frame_norm, self.onset_norm = self.norm(sizes.fc_unit), self.norm(sizes.fc_unit)
         self.frame_lstm, self.onset_lstm = (bi_lstm(sizes.fc_unit, sizes.lstm_unit) for _ in range(2))
         self.frame_path, self.onset_path = self.path(sizes.fc_unit), self.path(sizes.fc_unit)
         self.frame_fc = self.output(2 * sizes.lstm_unit, FRAME_RATE)
         self.onset_fc = self.output(2 * sizes.lstm_unit, ONSET_RATE)
 
     def convolve(self, mel: Tensor) -> tuple[Tensor, ...]:
-        return self.frame_norm(self.frame_conv_stack(mel)), self.onset_norm(self.onset_conv_stack(mel))
+        return self.frame_conv_stack(mel), self.onset_conv_stack(mel)
 
     def recur(self, frame: Tensor, onset: Tensor) -> tuple[Tensor, Tensor]:
         return (recurrent_head(frame, self.frame_lstm, self.frame_fc, self.frame_path),
@@ -352,7 +358,7 @@ class OnsetsAndFrames(Transcriber):
     def __init__(self, sizes: Sizes, recipe: Recipe) -> None:
         super().__init__(sizes, recipe)
         self.frame_conv_stack, self.onset_conv_stack = self.conv_stack(), self.conv_stack()
-        self.onset_norm, self.combined_norm = self.norm(sizes.fc_unit), self.norm(2 * N_KEYS)
+        self.combined_norm = self.norm(2 * N_KEYS)
         self.onset_lstm, self.onset_path = bi_lstm(sizes.fc_unit, sizes.lstm_unit), self.path(sizes.fc_unit)
         self.onset_fc = self.output(2 * sizes.lstm_unit, ONSET_RATE)
         self.frame_fc = nn.Linear(sizes.fc_unit, N_KEYS)
@@ -360,7 +366,7 @@ class OnsetsAndFrames(Transcriber):
         self.combined_fc = self.output(2 * sizes.lstm_unit, FRAME_RATE)
 
     def convolve(self, mel: Tensor) -> tuple[Tensor, ...]:
-        return self.frame_fc(self.frame_conv_stack(mel)), self.onset_norm(self.onset_conv_stack(mel))
+        return self.frame_fc(self.frame_conv_stack(mel)), self.onset_conv_stack(mel)
 
     def recur(self, frame: Tensor, onset: Tensor) -> tuple[Tensor, Tensor]:
         onset = recurrent_head(onset, self.onset_lstm, self.onset_fc, self.onset_path)          # (B, T, C) -> (B, T, K)
