@@ -22,6 +22,7 @@ from torch.nn.utils import clip_grad_norm_
 from tqdm import tqdm
 
 import prepare
+from augment import augment
 from constants import HOP_SIZE, SAMPLE_RATE
 from dataset import Recording, Segments, find_table, load_split
 from evaluate import estimated_notes, format_table, predict, score, summarise, tune_thresholds, write_results
@@ -290,13 +291,14 @@ def train(args: argparse.Namespace, data: dict[str, list[Recording]], device: to
                             best=best, data=description, arguments=config)
         return run / name
 
-    segments = Segments(data["train"], args.sequence_length, args.seed, recipe.gain_db)
+    segments = Segments(data["train"], args.sequence_length, args.seed, recipe.onset_target)
     stop = StopRequest()
     try:
         bar = tqdm(range(first, args.iterations + 1), initial=first - 1, total=args.iterations, disable=rank != 0, dynamic_ncols=True)
         for step, batch in zip(bar, batches(segments, args.batch_size, first, args.iterations, args.num_workers, device)):
-            # dropout too is drawn from the seed and the step alone: that is the whole random state of a run
+            # augmentation and dropout too are drawn from the seed and the step alone: that is the whole random state of a run
             torch.manual_seed(int(np.random.SeedSequence((args.seed, step, rank)).generate_state(1, np.uint64)[0] >> 1))
+            batch["audio"] = augment(batch["audio"], recipe.gain_db, recipe.equalise_db, recipe.room, recipe.noise)
             losses = losses_of(parallel, batch, device)
             loss = sum(losses.values())
             value = loss.item()
