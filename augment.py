@@ -1,83 +1,148 @@
-"""Augmentation on the fly: what other microphones and rooms would have made of a batch of segments.
+"""Augmentation on the fly: the same performance on another piano, in another room, through another microphone.
 
-All of it is one multiplication between a Fourier transform and its inverse. Every parameter is drawn for each segment by itself
-from torch's own random numbers, on the batch's device. Ranges follow those that Onsets and Frames (Hawthorne et al., ICLR
-2019) and Transkun (Yan & Duan, ISMIR 2024) train with.
+Hawthorne et al., ICLR 2019, and after them Transkun and aria-amt train with such chains so that a transcriber holds on
+recordings unlike those it learnt from. Here they are batched torch operations on the batch's device: all that changes the
+spectrum is one multiplication between a Fourier transform and its inverse. Every segment gets its own random numbers, drawn
+from torch's generator of that device, which training seeds for every step. Nothing moves in time, so labels stay as they are.
+
+Shapes: B batch, S samples, F Fourier bins, T frames, M mel bands.
 """
+
+import math
 
 import torch
 from torch import Tensor
 
-from constants import F_MAX, F_MIN, SAMPLE_RATE
+from constants import F_MAX, F_MIN, N_FFT, N_MELS, SAMPLE_RATE
 
-BANDS = 8                  # of the equaliser, at equal distances in log-frequency
-REVERBERATION = (0.15, 1.2)  # seconds until it has decayed by 60 dB
-DIRECT_DB = (-3.0, 15.0)   # energy of the direct sound over that of the reverberation
-PREDELAY = (0.002, 0.02)   # seconds from the direct sound to the first reflection
-DAMPING = (1000.0, 8000.0)  # Hz, above which the reverberation is darker than the sound
-SNR_DB = (15.0, 50.0)      # of the noise
-NOISE_SLOPE = (0.0, 1.0)   # its power falls with frequency to this power: from white to pink
-
-
-def uniform(like: Tensor, low: float, high: float) -> Tensor:
-    """(B, S) -> (B, 1), a number for each segment."""
-    return torch.empty(len(like), 1, device=like.device).uniform_(low, high)
-
-
-def log_uniform(like: Tensor, low: float, high: float) -> Tensor:
-    return (uniform(like, 0, 1) * torch.tensor(high / low).log()).exp() * low
+OCTAVE_BANDS = 9          # 31.25 Hz to 8 kHz, the bands of a graphic equaliser
+REVERB_SAMPLES = 20480    # 1.28 s; a longer tail is cut off, where it has fallen by 50 dB and more
+REVERB_SECONDS = (0.2, 1.5)   # until it has fallen by 60 dB (RT60); from a furnished living room to a concert hall
+DAMPING = (0.3, 0.8)      # RT60 of the high frequencies by that of the low ones: air and soft walls swallow these first
+CROSSOVER = 2000.0        # Hz, between the two
+DIRECT_DB = (-5.0, 20.0)  # energy of the direct sound over that of the reverberation; from across the room to a close microphone
+SNR_DB = (20.0, 50.0)     # of added noise
+NOISE_SLOPE = (0.0, 1.0)  # power falls as 1 / f to this: white to pink
+NOISE_FLAT = 20.0         # Hz, below which it falls no more
+MASKS = 2                 # of each kind on a segment that is masked; SpecAugment's policies have one or two
+MASK_BANDS = 24           # most mel bands in a mask, a tenth of them
+MASK_FRAMES = 6           # most frames in a mask, 0.2 s, so that what is left still tells of most notes
 
 
-def equaliser(audio: Tensor, hertz: Tensor, range_db: float) -> Tensor:
-    """Gain at each frequency, (B, F): up to `range_db` up or down in each band, and straight lines between them."""
-    gains = torch.empty(len(audio), BANDS, device=audio.device).uniform_(-range_db, range_db)
-    place = (hertz.clamp(F_MIN, F_MAX) / F_MIN).log() / torch.tensor(F_MAX / F_MIN).log() * (BANDS - 1)
-    below = place.long().clamp(max=BANDS - 2)
-    decibels = torch.lerp(gains[:, below], gains[:, below + 1], place - below)
-    return 10 ** (decibels / 20)
+def uniform(low: float, high: float, *shape: int, device: torch.device) -> Tensor:
+    return low + (high - low) * torch.rand(*shape, device=device)
 
 
-def room(audio: Tensor, hertz: Tensor, probability: float) -> Tensor:
-    """Frequency response of a made-up room, (B, F) complex: the direct sound at once, then noise that decays exponentially.
+def decibels(db: Tensor) -> Tensor:
+    """Decibels to a factor of amplitude."""
+    return torch.exp(db * (math.log(10) / 20))
 
-    The model of a diffuse field in Moorer, "About this reverberation business", 1979.
+
+def frequencies(n: int, device: torch.device) -> Tensor:
+    """(F,) in Hz, of the Fourier transform of n samples."""
+    return torch.fft.rfftfreq(n, 1 / SAMPLE_RATE, device=device)
+
+
+def transform_length(n: int) -> int:
+    """The next length from n on that is 8 to 16 times a power of two: a Fourier transform of any other can take four times as long."""
+    step = 2 ** max(0, n.bit_length() - 4)
+    return -(-n // step) * step
+
+
+def equaliser(batch: int, n: int, most_db: float, device: torch.device) -> Tensor:
+    """(B, F) factors: -most_db to most_db in each octave band, joined by straight lines over the logarithm of frequency.
+
+    Real and positive, so without delay. Hawthorne et al. 2019 draw two bands of -10 to 5 dB, Transkun seven of +-3.
     """
-    n = 2 * (len(hertz) - 1)
-    seconds = torch.arange(round(REVERBERATION[1] * SAMPLE_RATE), device=audio.device) / SAMPLE_RATE
-    tail = torch.randn(len(audio), len(seconds), device=audio.device) * (seconds >= uniform(audio, *PREDELAY))
-    tail = torch.fft.rfft(tail * 10 ** (-3 * seconds / log_uniform(audio, *REVERBERATION)), n)
-    tail = tail / (1 + (hertz / log_uniform(audio, *DAMPING)) ** 2)
-    energy = tail.abs().square().mean(1, keepdim=True)  # Parseval; that of the direct sound is 1
-    loudness = (10 ** (-uniform(audio, *DIRECT_DB) / 10) / energy).sqrt() * (uniform(audio, 0, 1) < probability)
-    return 1 + loudness * tail
+    octave = (frequencies(n, device) / (SAMPLE_RATE / 2)).log2() + OCTAVE_BANDS - 1        # (F,) of bands; 0 Hz is -inf
+    shares = 1 - (octave.clamp(min=0) - torch.arange(OCTAVE_BANDS, device=device)[:, None]).abs()
+    return decibels(uniform(-most_db, most_db, batch, OCTAVE_BANDS, device=device) @ shares.clamp(min=0))  # (B, 9) @ (9, F)
 
 
-def noise(spectrum: Tensor, hertz: Tensor, probability: float) -> Tensor:
-    """Spectrum of noise, (B, F) complex, at a random distance from the energy of `spectrum`."""
-    slope = (hertz.clamp(min=F_MIN) / F_MIN) ** (-uniform(spectrum, *NOISE_SLOPE) / 2)
-    drawn = torch.view_as_complex(torch.randn(*spectrum.shape, 2, device=spectrum.device)) * slope
-    ratio = spectrum.abs().square().sum(1, keepdim=True) / drawn.abs().square().sum(1, keepdim=True)
-    loudness = (ratio * 10 ** (-uniform(spectrum, *SNR_DB) / 10)).sqrt()
-    return drawn * loudness * (uniform(spectrum, 0, 1) < probability)
+def room(batch: int, n: int, probability: float, device: torch.device) -> Tensor:
+    """(B, F) complex transfer functions of rooms; with 1 - probability it is 1, no room at all.
+
+    The direct sound at time zero and after it a diffuse tail: Gaussian noise that decays exponentially (Moorer, Computer Music
+    Journal 1979; Polack 1988), faster at high frequencies. What comes out is on average as loud as what goes in.
+    """
+    longest = torch.exp(uniform(*map(math.log, REVERB_SECONDS), batch, device=device))
+    seconds = torch.stack([longest, longest * uniform(*DAMPING, batch, device=device)], dim=1)[..., None]        # (B, 2, 1)
+    time = torch.arange(1, REVERB_SAMPLES + 1, device=device) / SAMPLE_RATE
+    tails = torch.randn(batch, 2, REVERB_SAMPLES, device=device) * decibels(-60 * time / seconds)
+    low, high = torch.fft.rfft(torch.nn.functional.pad(tails, (1, 0)), n).unbind(1)                              # (B, F) each
+    share = 1 / (1 + (frequencies(n, device) / CROSSOVER) ** 4)                             # of the low tail's power
+    tail = low * share.sqrt() + high * (1 - share).sqrt()
+    tail = tail / tail.abs().square().mean(dim=1, keepdim=True).sqrt()                                           # of energy 1
+    amount = decibels(-uniform(*DIRECT_DB, batch, 1, device=device)) * (torch.rand(batch, 1, device=device) < probability)
+    return (1 + amount * tail) / (1 + amount.square()).sqrt()
 
 
-@torch.no_grad()
-def augment(audio: Tensor, equaliser_db: float, room_probability: float, noise_probability: float) -> Tensor:
-    """Every segment as through another microphone, in another room, with another noise.
+def noise(spectrum: Tensor, n: int, samples: int, probability: float) -> Tensor:
+    """(B, F) complex spectra of noise, white to pink, to be added to those of n samples, of which `samples` are not padding.
+
+    Its power is SNR_DB below the segment's own, so silence stays silent; with 1 - probability there is none. aria-amt draws
+    20 to 50 dB, Transkun 3 to 40.
+    """
+    batch, device = len(spectrum), spectrum.device
+    slope = uniform(*NOISE_SLOPE, batch, 1, device=device)
+    made = torch.randn_like(spectrum) * frequencies(n, device).clamp(min=NOISE_FLAT) ** (-slope / 2)
+    signal_power, noise_power = ((x.abs().square().sum(dim=1, keepdim=True)) for x in (spectrum, made))
+    level = decibels(-uniform(*SNR_DB, batch, 1, device=device)) * (torch.rand(batch, 1, device=device) < probability)
+    return made * level * (signal_power / noise_power * (n / samples)).sqrt()
+
+
+def augment(audio: Tensor, gain_db: float, equalise_db: float, room_probability: float, noise_probability: float) -> Tensor:
+    """Segments as another microphone might have heard them.
 
     Args:
-        audio: (B, S) float32; silence stays silent.
-        equaliser_db: gain of each band of the equaliser, up or down at most.
-        room_probability, noise_probability: how often a segment is reverberant, and noisy.
+        audio: (B, S) float32 in [-1, 1].
+        gain_db: each segment is made softer by 0 to this many dB.
+        equalise_db: each octave band is made softer or louder by up to this many dB.
+        room_probability: of reverberation in a segment.
+        noise_probability: of noise in a segment.
 
     Returns:
-        (B, S) float32. The direct sound stays where it is in time.
+        (B, S) float32, which may leave [-1, 1]. With all four 0 it is the audio that came in.
     """
-    if not (equaliser_db or room_probability or noise_probability):
-        return audio
-    n_samples = audio.shape[1]
-    n = 1 << (n_samples + round(REVERBERATION[1] * SAMPLE_RATE) - 1).bit_length()  # nothing comes round to the beginning
-    hertz = torch.arange(n // 2 + 1, device=audio.device) * (SAMPLE_RATE / n)
-    spectrum = torch.fft.rfft(audio, n) * (equaliser(audio, hertz, equaliser_db) * room(audio, hertz, room_probability))
-    hiss = noise(spectrum, hertz, noise_probability) * (n / n_samples) ** 0.5  # of which the segment is only a part
-    return torch.fft.irfft(spectrum + hiss, n)[:, :n_samples]
+    batch, samples = audio.shape
+    if equalise_db or room_probability or noise_probability:
+        n = transform_length(samples + REVERB_SAMPLES)      # with room for the tail, or it would come back at the beginning
+        spectrum = torch.fft.rfft(audio, n)                                                             # (B, S) -> (B, F)
+        if equalise_db:
+            spectrum = spectrum * equaliser(batch, n, equalise_db, audio.device)
+        if room_probability:
+            spectrum = spectrum * room(batch, n, room_probability, audio.device)
+        if noise_probability:
+            spectrum = spectrum + noise(spectrum, n, samples, noise_probability)
+        audio = torch.fft.irfft(spectrum, n)[:, :samples]                                               # (B, F) -> (B, S)
+    return audio * decibels(-uniform(0, gain_db, batch, 1, device=audio.device)) if gain_db else audio
+
+
+def detuned_filters(batch: int, semitones: float, device: torch.device) -> Tensor:
+    """(B, F, M) mel filters that hear each segment sharper or flatter by up to this many semitones, and not faster or slower.
+
+    They are the triangles of the plain filter bank (HTK's mel scale), where the Fourier bin at f Hz counts as the one at
+    f * 2 ** (semitones / 12). Hawthorne et al. 2019 draw +-0.1 semitones, Transkun +-0.2.
+    """
+    corners = torch.linspace(*(2595 * math.log10(1 + hertz / 700) for hertz in (F_MIN, F_MAX)), N_MELS + 2, device=device)
+    corners = 700 * (10 ** (corners / 2595) - 1)                                                        # (M + 2,) Hz
+    heard = frequencies(N_FFT, device) * 2 ** (uniform(-semitones, semitones, batch, 1, device=device) / 12)  # (B, F)
+    slopes = (heard[..., None] - corners[:-1]) / corners.diff()                                         # (B, F, M + 1)
+    return torch.minimum(slopes[..., :-1], 1 - slopes[..., 1:]).clamp(min=0)
+
+
+def mask_mel(mel: Tensor, probability: float) -> Tensor:
+    """Hide MASKS stretches of time and of frequency in a segment's log-mel behind its mean (SpecAugment, Park et al. 2019).
+
+    (B, T, M) -> (B, T, M).
+    """
+    batch, n_frames, n_mels = mel.shape
+    hidden = torch.zeros_like(mel, dtype=torch.bool)
+    chosen = torch.rand(batch, 1, 1, device=mel.device) < probability
+    for _ in range(MASKS):
+        for size, most, shape in ((n_frames, MASK_FRAMES, (1, -1, 1)), (n_mels, MASK_BANDS, (1, 1, -1))):
+            width = uniform(0, most + 1, batch, 1, 1, device=mel.device).floor()
+            first = torch.rand(batch, 1, 1, device=mel.device) * (size - width + 1).clamp(min=1)
+            place = torch.arange(size, device=mel.device).view(shape)
+            hidden |= (place >= first.floor()) & (place < first.floor() + width) & chosen
+    return torch.where(hidden, mel.mean(dim=(1, 2), keepdim=True), mel)

@@ -3,7 +3,6 @@
 import csv
 import hashlib
 import json
-import math
 import mmap
 import os
 import zipfile
@@ -13,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import soxr
 import torch
 from torch import Tensor
 from tqdm import tqdm
@@ -21,7 +19,7 @@ from tqdm import tqdm
 from audio import load_audio
 from constants import HOP_SIZE, N_KEYS, SAMPLE_RATE
 from files import written_whole
-from notes import Notes, n_frames_of, notes_to_rolls, read_midi
+from notes import Notes, n_frames_of, notes_to_rolls, onset_targets, read_midi
 
 SPLITS = ("train", "validation", "test")
 COLUMNS = ("canonical_composer", "canonical_title", "split", "year", "midi_filename", "audio_filename", "duration")
@@ -187,16 +185,13 @@ class Segments(torch.utils.data.Dataset):
     come proportionally more often; a recording shorter than a segment has one place, and silence after it.
     """
 
-    def __init__(self, recordings: list[Recording], sequence_length: int, seed: int, gain_db: float = 0.0,
-                 detune: float = 0.0) -> None:
+    def __init__(self, recordings: list[Recording], sequence_length: int, seed: int, onset_target: str = "one") -> None:
         """
         Args:
             sequence_length: samples in a segment, a multiple of HOP_SIZE.
-            gain_db: each segment is made softer by 0 to this many dB.
-            detune: each is played faster and so higher, or slower and lower, by up to this many semitones.
+            onset_target: one of ONSET_TARGETS.
         """
-        self.recordings, self.sequence_length, self.seed = recordings, sequence_length, seed
-        self.gain_db, self.detune = gain_db, detune
+        self.recordings, self.sequence_length, self.seed, self.onset_target = recordings, sequence_length, seed, onset_target
         self.n_frames = n_frames_of(sequence_length)
         self.places = np.cumsum([max(1, recording.n_frames - self.n_frames + 1) for recording in recordings])
 
@@ -210,23 +205,18 @@ class Segments(torch.utils.data.Dataset):
         place = random.integers(self.places[-1])
         number = int(np.searchsorted(self.places, place, side="right"))
         start = int(place - (self.places[number - 1] if number else 0))
-        gain = 10 ** (-random.uniform(0, self.gain_db) / 20) / INT16
-        speed = 2 ** (random.uniform(-self.detune, self.detune) / 12)
-        return {"recording": number, **self.cut(number, start, gain, speed)}
+        return {"recording": number, **self.cut(number, start)}
 
-    def cut(self, number: int, start: int, gain: float = 1 / INT16, speed: float = 1.0) -> dict[str, Tensor]:
+    def cut(self, number: int, start: int) -> dict[str, Tensor]:
         """The segment of recording `number` that begins with frame `start`; beyond the end of the audio all is silent."""
-        recording, notes = self.recordings[number], self.recordings[number].notes
+        recording = self.recordings[number]
         audio = np.zeros(self.sequence_length, dtype=np.float32)
-        piece = recording.audio[start * HOP_SIZE : start * HOP_SIZE + math.ceil(self.sequence_length * speed)]
-        n_frames = min(self.n_frames, recording.n_frames - start)
-        if speed != 1:
-            piece = soxr.resample(piece.astype(np.float32), SAMPLE_RATE * speed, SAMPLE_RATE, quality="LQ")[: self.sequence_length]
-            notes = Notes((notes.intervals - start * HOP_SIZE / SAMPLE_RATE) / speed, notes.pitches, notes.velocities)
-            n_frames, start = min(self.n_frames, len(piece) // HOP_SIZE), 0
-        np.multiply(piece, np.float32(gain), out=audio[: len(piece)])
+        piece = recording.audio[start * HOP_SIZE : start * HOP_SIZE + self.sequence_length]
+        np.multiply(piece, np.float32(1 / INT16), out=audio[: len(piece)])
         forget_pages(recording.audio)
         rolls = np.zeros((2, self.n_frames, N_KEYS), dtype=np.float32)
-        if n_frames > 0:
-            rolls[0, :n_frames], rolls[1, :n_frames] = notes_to_rolls(notes, n_frames, start)
+        inside = min(self.n_frames, recording.n_frames - start)
+        if inside > 0:
+            rolls[0, :inside] = onset_targets(recording.notes, inside, start, self.onset_target)
+            rolls[1, :inside] = notes_to_rolls(recording.notes, inside, start)[1]
         return {"audio": torch.from_numpy(audio), "onset": torch.from_numpy(rolls[0]), "frame": torch.from_numpy(rolls[1])}

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 import constants
+from augment import detuned_filters, mask_mel
 from constants import F_MAX, F_MIN, HOP_SIZE, N_FFT, N_KEYS, N_MELS, SAMPLE_RATE
 from files import written_whole
 
@@ -48,15 +49,17 @@ class Recipe:
     tune_thresholds: bool = True     # on validation; else 0.5 and 0.5
     cosine: bool = True              # warm-up and cosine to zero; else x 0.98 per 1000 steps
     clip_jointly: bool = True        # one gradient norm for all parameters; else each parameter by itself
-    gain_db: float = 12.0            # segments are made softer by up to this many dB
-    detune: float = 0.15             # and higher or lower by up to this many semitones
-    equaliser_db: float = 6.0        # and louder or softer by up to this many dB in each of eight bands
-    room: float = 0.6                # how many of them get the reverberation of a made-up room
-    noise: float = 0.5               # how many of them get noise
     learning_rate: float = 1e-3      # at its peak
+    onset_target: str = "one"        # frame of the strike; or "two" frames; or "soft", a triangle of +-50 ms: see `notes.py`
+    gain_db: float = 12.0            # segments are made softer by up to this many dB; this and the next: see `augment.py`
+    equalise_db: float = 6.0         # octave bands are made softer or louder by up to this many dB
+    room: float = 0.5                # probability of reverberation in a segment
+    noise: float = 0.5               # probability of noise in a segment
+    detune: float = 0.2              # segments are heard sharper or flatter by up to this many semitones
+    mask: float = 0.0                # probability of masks on a segment's log-mel
 
 
-RECIPES = {"default": Recipe(), "course": Recipe(False, False, False, False, False, False, False, 0.0, 0.0, 0.0, 0.0, 0.0, 6e-4)}
+RECIPES = {"default": Recipe(), "course": Recipe(False, False, False, False, False, False, False, 6e-4, "one", 0.0, 0.0, 0.0, 0.0, 0.0, 0.0)}
 
 
 def recipe_of(text: str) -> Recipe:
@@ -73,7 +76,7 @@ def recipe_of(text: str) -> Recipe:
         entry, _, value = change.partition("=")
         if entry not in (known := dataclasses.asdict(RECIPES[name])):
             raise ValueError(f"recipe entry {entry!r}: known are {', '.join(known)}")
-        kinds = {bool: {"True": True, "False": False}.__getitem__, float: float, int: int}
+        kinds = {bool: {"True": True, "False": False}.__getitem__, float: float, str: str}
         try:
             changed[entry] = kinds[type(known[entry])](value)
         except (KeyError, ValueError) as error:
@@ -163,14 +166,16 @@ class LogMelSpectrogram(nn.Module):
         self.melspectrogram = torchaudio.transforms.MelSpectrogram(
             SAMPLE_RATE, N_FFT, hop_length=HOP_SIZE, f_min=F_MIN, f_max=F_MAX, n_mels=N_MELS, center=False)
 
-    def forward(self, audio: Tensor) -> Tensor:
-        """(B, S) float in [-1, 1] -> (B, S // HOP_SIZE, M)."""
-        return self.of_padded(nn.functional.pad(audio, (SIDE, SIDE)))
+    def forward(self, audio: Tensor, filters: Tensor | None = None) -> Tensor:
+        """(B, S) float in [-1, 1] -> (B, S // HOP_SIZE, M); `filters` (B, F, M) may stand in for the mel filters."""
+        return self.of_padded(nn.functional.pad(audio, (SIDE, SIDE)), filters)
 
-    def of_padded(self, audio: Tensor) -> Tensor:
+    def of_padded(self, audio: Tensor, filters: Tensor | None = None) -> Tensor:
         """The same for audio that comes with SIDE samples before its first frame and after its last."""
         with torch.autocast(audio.device.type, enabled=False):
-            return self.melspectrogram(audio.float()).clamp(min=1e-9).log().transpose(1, 2)
+            power = self.melspectrogram.spectrogram(audio.float())                                  # (B, F, T)
+            filters = self.melspectrogram.mel_scale.fb if filters is None else filters
+            return (power.transpose(1, 2) @ filters).clamp(min=1e-9).log()                          # (B, T, F) @ (F, M)
 
 
 class ConvStack(nn.Module):
@@ -257,11 +262,16 @@ class Transcriber(nn.Module):
         raise NotImplementedError
 
     def features(self, mel: Tensor) -> tuple[Tensor, ...]:
-        return self.convolve(self.mel_norm(mel.transpose(1, 2)).transpose(1, 2))
+        mel = self.mel_norm(mel.transpose(1, 2)).transpose(1, 2)
+        if self.training and self.recipe.mask:
+            mel = mask_mel(mel, self.recipe.mask)
+        return self.convolve(mel)
 
     def forward(self, audio: Tensor) -> tuple[Tensor, Tensor]:
         """(B, S) float in [-1, 1] -> frame logits and onset logits, (B, S // HOP_SIZE, K) each."""
-        return self.recur(*self.features(self.melspectrogram(audio)))
+        detune = self.recipe.detune if self.training else 0
+        filters = detuned_filters(len(audio), detune, audio.device) if detune else None
+        return self.recur(*self.features(self.melspectrogram(audio, filters)))
 
     @torch.inference_mode()
     def infer(self, audio: Tensor, chunk_frames: int = CHUNK_FRAMES) -> tuple[Tensor, Tensor]:

@@ -16,6 +16,8 @@ from files import written_whole
 
 PEDAL_DOWN = 64     # CC64 from which the sustain pedal holds; the MIDI standard's switch point
 SUSTAIN_PEDAL = 64  # MIDI controller number
+ONSET_TARGETS = ("one", "two", "soft")  # what `onset_targets` can draw
+SOFT_SECONDS = 0.05  # from the peak of a soft onset to its feet; Kong et al. 2021, Toyama et al. 2023
 TICKS_PER_BEAT = 960  # at 120 BPM a tick is 0.52 ms
 
 
@@ -84,6 +86,30 @@ def notes_to_rolls(notes: Notes, n_frames: int, start: int = 0) -> tuple[np.ndar
         if a >= 0:
             onset[a, key] = 1
     return onset, frame
+
+
+def onset_targets(notes: Notes, n_frames: int, start: int = 0, shape: str = "one") -> np.ndarray:
+    """Draw the strikes in the frames [start, start + n_frames) of a recording's notes as the onset head shall learn them.
+
+    Args:
+        shape: "one", the onset roll of `notes_to_rolls`; "two", the frame of the strike and the next (Hawthorne et al. 2018:
+            32 ms of onset); "soft", a triangle over time, 1 at the strike and 0 from SOFT_SECONDS on, read at the frames'
+            centres (Kong et al. 2021). Where two strikes of a key overlap the higher counts.
+
+    Returns:
+        (n_frames, 88) float32 in [0, 1].
+    """
+    edges = frames_to_seconds([start - 2, start + n_frames + 2])  # two frames to either side reach into these
+    first, last = np.searchsorted(notes.intervals[:, 0], edges)
+    onsets = notes.intervals[first:last, 0, None]                                                       # (N, 1) seconds
+    places = {"one": [0], "two": [0, 1], "soft": [-2, -1, 0, 1, 2]}[shape]
+    frames = seconds_to_frames(onsets) + places                                                         # (N, places)
+    heights = np.clip(1 - abs(frames_to_seconds(frames) - onsets) / SOFT_SECONDS, 0, 1) if shape == "soft" else np.ones(frames.shape)
+    keys = np.broadcast_to(notes.pitches[first:last, None] - MIN_MIDI, frames.shape)
+    inside = (frames >= start) & (frames < start + n_frames)
+    targets = np.zeros((n_frames, N_KEYS), dtype=np.float32)
+    np.maximum.at(targets, (frames[inside] - start, keys[inside]), heights[inside].astype(np.float32))
+    return targets
 
 
 def hold_with_pedal(notes: Notes, pedal: list[tuple[float, int]], end: float) -> Notes:

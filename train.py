@@ -290,16 +290,16 @@ def train(args: argparse.Namespace, data: dict[str, list[Recording]], device: to
                             best=best, data=description, arguments=config)
         return run / name
 
-    segments = Segments(data["train"], args.sequence_length, args.seed, recipe.gain_db, recipe.detune)
+    segments = Segments(data["train"], args.sequence_length, args.seed, recipe.onset_target)
     stop = StopRequest()
     look = 1 if device.type == "cpu" else 10  # steps between looks at the loss, each of which waits for the GPU to be done
     unseen: list[tuple[int, Tensor, Tensor]] = []  # steps since the last look, with their losses and the recordings they heard
     try:
         bar = tqdm(range(first, args.iterations + 1), initial=first - 1, total=args.iterations, disable=rank != 0, dynamic_ncols=True)
         for step, batch in zip(bar, batches(segments, args.batch_size, first, args.iterations, args.num_workers, device)):
-            # dropout too is drawn from the seed and the step alone: that is the whole random state of a run
+            # augmentation and dropout too are drawn from the seed and the step alone: that is the whole random state of a run
             torch.manual_seed(int(np.random.SeedSequence((args.seed, step, rank)).generate_state(1, np.uint64)[0] >> 1))
-            batch["audio"] = augment(batch["audio"], recipe.equaliser_db, recipe.room, recipe.noise)
+            batch["audio"] = augment(batch["audio"], recipe.gain_db, recipe.equalise_db, recipe.room, recipe.noise)
             losses = losses_of(parallel, batch, device)
             loss = sum(losses.values())
             optimizer.zero_grad()

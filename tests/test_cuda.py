@@ -43,3 +43,13 @@ cpu, gpu = transcriber.infer(audio), transcriber.to("cuda").infer(audio)
 print(max(float((a - b).abs().max()) for a, b in zip(cpu, gpu)))
 """)
     assert float(difference) < 1e-3
+
+
+def test_augmentation_stays_on_the_gpu():
+    assert run("-c", """
+import torch
+from augment import augment, detuned_filters, mask_mel
+audio = 0.1 * torch.randn(2, 16384, device="cuda")
+for part in (augment(audio, 12, 6, 1, 1), detuned_filters(2, 0.2, audio.device), mask_mel(audio[..., None], 1)):
+    print(part.device.type, bool(torch.isfinite(part).all()))
+""").split() == ["cuda", "True"] * 3

@@ -15,7 +15,7 @@ import dataset
 from constants import HOP_SIZE, MIN_MIDI, SAMPLE_RATE
 from dataset import COLUMNS, Recording, Segments, audio_to_int16, find_audio, load_recording, load_split, read_table
 from files import write_json
-from notes import Notes, notes_to_rolls
+from notes import ONSET_TARGETS, Notes, notes_to_rolls, onset_targets
 
 HOP_SECONDS = HOP_SIZE / SAMPLE_RATE
 NO_NOTES = Notes([], [], [])
@@ -41,7 +41,7 @@ def places(recordings: list[Recording], frames: int, seed: int, count: int) -> l
 
 def test_a_segment_depends_on_its_seed_and_number_alone():
     recordings = numbered(90, 60, 80)
-    first, again = Segments(recordings, 4 * HOP_SIZE, seed=3, gain_db=12), Segments(recordings, 4 * HOP_SIZE, seed=3, gain_db=12)
+    first, again = Segments(recordings, 4 * HOP_SIZE, seed=3), Segments(recordings, 4 * HOP_SIZE, seed=3)
     _ = [again[index] for index in range(7)]  # what was drawn before does not matter
     for index in (0, 5, 1_000_000):
         assert all(torch.equal(torch.as_tensor(first[index][key]), torch.as_tensor(again[index][key])) for key in first[index])
@@ -56,7 +56,7 @@ def test_seeds_and_numbers_differ():
 
 
 def test_workers_change_nothing():
-    segments = Segments(numbered(40, 30, 60), 4 * HOP_SIZE, seed=0, gain_db=6)
+    segments = Segments(numbered(40, 30, 60), 4 * HOP_SIZE, seed=0)
     alone, shared = ([batch for batch in torch.utils.data.DataLoader(segments, batch_sampler=[[0, 1, 2], [3, 4, 5], [6, 7, 8], [9]],
                                                                      num_workers=workers)] for workers in (0, 2))
     assert [len(batch["audio"]) for batch in alone] == [3, 3, 3, 1]
@@ -119,12 +119,13 @@ def test_audio_and_labels_of_a_segment_belong_together():
         assert torch.equal(item["audio"], expected)
 
 
-def test_gain_makes_segments_softer_by_up_to_its_decibels():
-    recordings = [Recording("r", np.full(50 * HOP_SIZE, 16384, np.int16), NO_NOTES)]
-    segments = Segments(recordings, 4 * HOP_SIZE, seed=0, gain_db=12)
-    decibels = [20 * np.log10(float(segments[index]["audio"][0]) / 0.5) for index in range(200)]
-    assert -12 <= min(decibels) < -11 and -1 < max(decibels) <= 0
-    assert abs(np.mean(decibels) + 6) < 0.8
+@pytest.mark.parametrize("shape", ONSET_TARGETS)
+def test_onsets_are_drawn_as_the_head_shall_learn_them(shape):
+    notes = random_notes(0, 4.0, 12)
+    recording = Recording("r", audio_to_int16(play(notes, 4.0)), notes)
+    item = Segments([recording], 20 * HOP_SIZE, seed=0, onset_target=shape).cut(0, 33)
+    np.testing.assert_array_equal(item["onset"].numpy(), onset_targets(notes, 20, 33, shape))
+    np.testing.assert_array_equal(item["frame"].numpy(), notes_to_rolls(notes, 20, 33)[1])
 
 
 def test_the_beginning_of_a_recording():
@@ -317,36 +318,3 @@ def test_names_stay_in_the_folder(tmp_path, name):
     (tmp_path / "data.json").write_text(json.dumps([row]))
     with pytest.raises(ValueError, match=r"data\.json: is not a table of recordings .*lies outside the folder"):
         read_table(tmp_path)
-
-
-# --- detuning ---
-
-def test_a_faster_segment_is_higher_and_its_notes_come_sooner():
-    audio = audio_to_int16(0.5 * np.sin(2 * np.pi * 1000 * np.arange(10 * SAMPLE_RATE) / SAMPLE_RATE))
-    notes = Notes([(1.0, 3.0), (3.9, 4.5)], [60, 61], [80, 80])
-    segments = Segments([Recording("tone", audio, notes)], 5 * SAMPLE_RATE // HOP_SIZE * HOP_SIZE, 0)
-    speed = 2 ** (1 / 12)
-    plain, fast = segments.cut(0, 30), segments.cut(0, 30, speed=speed)
-    assert fast["audio"].shape == plain["audio"].shape and fast["onset"].shape == plain["onset"].shape
-    peak = np.abs(np.fft.rfft(fast["audio"].numpy())).argmax() * SAMPLE_RATE / len(fast["audio"])
-    assert abs(peak - 1000 * speed) < 1
-    start = 30 * HOP_SIZE / SAMPLE_RATE
-    for key, onset in ((60, 1.0), (61, 3.9)):
-        frame = int(fast["onset"][:, key - 21].argmax())
-        assert frame == int((onset - start) / speed * SAMPLE_RATE // HOP_SIZE) and fast["onset"][:, key - 21].sum() == 1
-    assert plain["frame"][:, 39].sum() / fast["frame"][:, 39].sum() == pytest.approx(speed, abs=0.05)
-
-
-def test_a_detuned_segment_at_the_end_is_silent_after_it():
-    audio = audio_to_int16(np.full(20 * HOP_SIZE, 0.5))
-    segments = Segments([Recording("short", audio, Notes([(0.0, 9.0)], [60], [80]))], 30 * HOP_SIZE, 0, detune=1.0)
-    for number in range(20):
-        segment = segments[number]
-        filled = int(segment["frame"][:, 39].sum())
-        assert 17 <= filled <= 22 and not segment["audio"][(filled + 1) * HOP_SIZE :].any()
-
-
-def test_detuning_is_drawn_from_seed_and_number():
-    audio = audio_to_int16(np.random.default_rng(0).uniform(-0.5, 0.5, 8 * SAMPLE_RATE))
-    first, second = (Segments([Recording("noise", audio, NO_NOTES)], SAMPLE_RATE // HOP_SIZE * HOP_SIZE, 1, detune=0.15) for _ in "ab")
-    assert torch.equal(first[5]["audio"], second[5]["audio"])

@@ -289,6 +289,21 @@ def test_mel_bands_rise_with_frequency():
     assert bands == sorted(set(bands)) and bands[-1] > 200
 
 
+@pytest.mark.parametrize("part", ["detune", "mask"])
+def test_detuning_and_masks_are_for_training_alone(part):
+    """Without dropout, the log-mel is all that changes from call to call."""
+    model = build_model("rnn", SMALL, dataclasses.replace(COURSE, **{part: 1}))
+    audio = noise(2, 20 * HOP_SIZE)
+    with torch.no_grad():
+        for training in (True, False):
+            model.train(training)
+            torch.manual_seed(0)
+            first, second = model(audio)[0], model(audio)[0]
+            assert torch.equal(first, second) != training
+            torch.manual_seed(0)
+            assert torch.equal(model(audio)[0], first)  # drawn from the seed
+
+
 # --- inference in chunks ---
 
 LENGTHS = (0, 1, 100, HOP_SIZE, 7 * HOP_SIZE, 8 * HOP_SIZE, 8 * HOP_SIZE + 1, 9 * HOP_SIZE - 1, 10 * HOP_SIZE, 11 * HOP_SIZE + 5,

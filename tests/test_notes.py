@@ -12,11 +12,13 @@ from constants import HOP_SIZE, MAX_MIDI, MIN_MIDI, SAMPLE_RATE
 from evaluate import extract_notes
 from model import LogMelSpectrogram
 from notes import (
+    ONSET_TARGETS,
     Notes,
     frames_to_seconds,
     hold_with_pedal,
     n_frames_of,
     notes_to_rolls,
+    onset_targets,
     read_midi,
     seconds_to_frames,
     write_midi,
@@ -246,6 +248,46 @@ def test_rolls_are_the_same_cut_or_built(n_frames):
     assert whole[1].sum() > 4 * whole[0].sum() == 4 * 45
     for start in range(250 - n_frames + 1):
         np.testing.assert_array_equal(notes_to_rolls(notes, n_frames, start), whole[:, start : start + n_frames])
+
+
+# --- onset targets ---
+
+@pytest.mark.parametrize("shape, expected", [("one", [0, 0, 1, 0, 0]), ("two", [0, 0, 1, 1, 0]), ("soft", [0, 0.2, 0.84, 0.52, 0])])
+def test_onset_targets_by_hand(shape, expected):
+    """Struck 8 ms after the centre of frame 2, so 40, 8 and 24 ms from the centres of frames 1, 2 and 3."""
+    notes = Notes([[2.5 * HOP_SECONDS + 0.008, 9]], [60], [80])
+    targets = onset_targets(notes, 5, 0, shape)
+    assert targets.shape == (5, 88) and targets.dtype == np.float32
+    np.testing.assert_allclose(targets[:, 60 - MIN_MIDI], expected, atol=1e-6)
+    assert targets.sum() == targets[:, 60 - MIN_MIDI].sum()
+
+
+def test_one_frame_of_onset_is_the_onset_roll():
+    notes = random_notes(3, 5.0, 40)
+    np.testing.assert_array_equal(onset_targets(notes, 156), notes_to_rolls(notes, 156)[0])
+
+
+@pytest.mark.parametrize("shape", ONSET_TARGETS)
+def test_onset_targets_are_the_same_cut_or_built(shape):
+    """What lies before a segment or behind it reaches in."""
+    notes = Notes(*(np.concatenate(parts) for parts in zip(*((n.intervals, n.pitches, n.velocities)
+                                                             for n in (random_notes(seed, 3.0, 30) for seed in range(5))))))
+    whole = onset_targets(notes, 90, 0, shape)
+    for length in (1, 2, 7, 45):
+        np.testing.assert_array_equal(np.concatenate([onset_targets(notes, length, start, shape) for start in range(0, 90, length)])[:90], whole)
+
+
+def test_of_two_overlapping_onset_targets_the_higher_counts():
+    """The second is struck in the centre of frame 4, the first in that of frame 3."""
+    notes = Notes([[3.5 * HOP_SECONDS, 9], [4.5 * HOP_SECONDS, 9]], [60, 60], [80, 80])
+    np.testing.assert_allclose(onset_targets(notes, 8, 0, "soft")[:, 60 - MIN_MIDI], [0, 0, 0.36, 1, 1, 0.36, 0, 0], atol=1e-6)
+    assert onset_targets(notes, 8, 0, "two")[:, 60 - MIN_MIDI].tolist() == [0, 0, 0, 1, 1, 1, 0, 0]
+
+
+@pytest.mark.parametrize("shape", ONSET_TARGETS)
+def test_no_notes_no_onset_targets(shape):
+    assert onset_targets(Notes([], [], []), 4, 0, shape).shape == (4, 88)
+    assert onset_targets(Notes([[9, 10]], [60], [80]), 4, 0, shape).sum() == 0
 
 
 # --- broken files ---

@@ -1,5 +1,6 @@
 """Training runs of a few tiny steps: what they write, how they stop and go on, and that several processes are as one."""
 
+import dataclasses
 import json
 import os
 import re
@@ -19,7 +20,7 @@ import train
 from constants import HOP_SIZE
 from dataset import Segments, load_split
 from model import RECIPES, Sizes, build_model, load_checkpoint
-from notes import notes_to_rolls, read_midi
+from notes import ONSET_TARGETS, notes_to_rolls, read_midi
 
 ROOT = Path(__file__).resolve().parents[1]
 DEVICE = torch.device("cpu")
@@ -299,12 +300,15 @@ def test_weights_alone_are_not_resumed(checkpoint, capsys):
 SCRIPT = """
 import sys
 from pathlib import Path
+import dataclasses
 import torch
 import model, train
 
 torch.set_num_threads(1)
 train.autocast = lambda device: torch.autocast(device.type, enabled=False)
 model.Dropout.forward = lambda self, x: x
+train.augment = lambda audio, *_: audio
+train.RECIPES["default"] = dataclasses.replace(train.RECIPES["default"], detune=0, mask=0)
 
 def keep(net, recipe, clip=train.clip_gradients):
     if train.rank_and_world()[0] == 0:
@@ -320,8 +324,7 @@ def test_two_processes_have_the_gradients_of_one(data_folder, tmp_path, monkeypa
     """torchrun with gloo against one process with the joint batch: gradients of the first step, and one run folder of rank 0."""
     script = tmp_path / "first_step.py"
     script.write_text(SCRIPT)
-    flags = ["--data", str(data_folder), "-i", "1", "-b", "4", "-v", "16384", "-cnn", "4", "-fc", "8", "--device", "cpu",
-             "--recipe", "default,equaliser_db=0,room=0,noise=0"]  # each rank draws its own
+    flags = ["--data", str(data_folder), "-i", "1", "-b", "4", "-v", "16384", "-cnn", "4", "-fc", "8", "--device", "cpu"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     runs = {"one": [sys.executable], "two": [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]}
     for name, start in runs.items():
@@ -490,21 +493,38 @@ def test_validation_tunes_thresholds_where_the_recipe_says_so(recipe, data_folde
 
 
 @pytest.mark.parametrize("recipe", RECIPES)
-def test_segments_are_made_softer_as_the_recipe_says(recipe, data_folder, tmp_path, monkeypatch):
-    heard = []
+def test_segments_are_augmented_as_the_recipe_says(recipe, data_folder, tmp_path, monkeypatch):
+    asked, heard = [], []
 
-    def spy(model, batch, device, losses_of=train.losses_of):
+    def spy_audio(audio, *parts, augment=train.augment):
+        asked.append(parts)
+        return augment(audio, *parts)
+
+    def spy_batch(model, batch, device, losses_of=train.losses_of):
         heard.append(batch)
         return losses_of(model, batch, device)
 
-    monkeypatch.setattr(train, "losses_of", spy)
-    assert train.main(tiny(data_folder, tmp_path, "--recipe", f"{recipe},detune=0,equaliser_db=0,room=0,noise=0",
-                           "--model", "rnn", "-i", "5", "-vi", "5")) == 0
-    original = train.batches(Segments(load_split(data_folder, "train"), 16384, 0, 0.0), 2, 1, 5, 0, DEVICE)
-    gains = []
+    monkeypatch.setattr(train, "augment", spy_audio)
+    monkeypatch.setattr(train, "losses_of", spy_batch)
+    assert train.main(tiny(data_folder, tmp_path, "--recipe", recipe, "--model", "rnn", "-i", "5", "-vi", "5")) == 0
+    parts = RECIPES[recipe]
+    assert asked == [(parts.gain_db, parts.equalise_db, parts.room, parts.noise)] * 5
+    original = list(train.batches(Segments(load_split(data_folder, "train"), 16384, 0, parts.onset_target), 2, 1, 5, 0, DEVICE))
     for batch, plain in zip(heard, original):
         assert torch.equal(batch["onset"], plain["onset"]) and torch.equal(batch["frame"], plain["frame"])
-        gains += [20 * np.log10((a.norm() / b.norm()).item()) for a, b in zip(batch["audio"], plain["audio"])]
-    most = RECIPES[recipe].gain_db
-    assert len(gains) == 10 and min(gains) >= -most - 1e-3 and max(gains) <= 1e-3
-    assert np.ptp(gains) > most / 4 if most else np.ptp(gains) < 1e-3
+    assert all(torch.equal(batch["audio"], plain["audio"]) != any(asked[0]) for batch, plain in zip(heard, original))
+
+
+def test_the_recipes_onset_target_reaches_the_loss(data_folder, tmp_path, monkeypatch):
+    peaks = []
+
+    def spy(model, batch, device, losses_of=train.losses_of):
+        peaks.append(batch["onset"])
+        return losses_of(model, batch, device)
+
+    monkeypatch.setattr(train, "losses_of", spy)
+    for shape in ONSET_TARGETS:
+        monkeypatch.setitem(train.RECIPES, "default", dataclasses.replace(RECIPES["default"], onset_target=shape))
+        assert train.main(tiny(data_folder, tmp_path / shape, "--model", "rnn", "-i", "1")) == 0
+    one, two, soft = (int((onset > 0).sum()) for onset in peaks)
+    assert one < two < soft
