@@ -43,7 +43,7 @@ class Recipe:
     """
 
     normalise_mel: bool = True       # batch norm of each mel band over time, as in Kong et al. 2021
-    normalise_features: bool = True  # layer norm of what the recurrent layers and the heads get
+    normalise_features: bool = True  # layer norm before each recurrent layer
     residual: bool = True            # a linear path past the recurrent layers, which then learn what it lacks (He et al. 2016)
     base_rate_bias: bool = True      # output biases start at the log-odds of silence
     tune_thresholds: bool = True     # on validation; else 0.5 and 0.5
@@ -367,7 +367,7 @@ class OnsetsAndFrames(Transcriber):
 
     def __init__(self, sizes: Sizes, recipe: Recipe) -> None:
         super().__init__(sizes, recipe)
-        self.frame_conv_stack, self.onset_conv_stack = self.conv_stack(), self.conv_stack()
+        self.frame_conv_stack, self.onset_conv_stack = self.conv_stack(normalised=False), self.conv_stack()
         self.combined_norm = self.norm(2 * N_KEYS)
         self.onset_lstm, self.onset_path = bi_lstm(sizes.fc_unit, sizes.lstm_unit), self.path(sizes.fc_unit)
         self.onset_fc = self.output(2 * sizes.lstm_unit, ONSET_RATE)

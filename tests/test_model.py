@@ -146,9 +146,9 @@ def test_parameters_of_the_course_onf():
 
 
 @pytest.mark.parametrize("name, normalised, passed", [("baseline", 0, 0), ("rnn", 0, 2 * 229), ("crnn", 2 * 256, 2 * 256),
-                                                      ("onf", 256 + 256 + 176, 256 + 176)])
+                                                      ("onf", 256 + 176, 256 + 176)])
 def test_default_recipe_adds_only_what_it_lists(name, normalised, passed):
-    """A scale and a shift for each feature of a convolution stack and before a recurrent layer; linear paths past those layers."""
+    """A scale and a shift for each feature that a recurrent layer gets; a linear path past each of those."""
     added = n_parameters(build_model(name)) - n_parameters(build_model(name, recipe=COURSE))
     assert added == 2 * normalised * DEFAULT.normalise_features + 88 * passed * DEFAULT.residual
 
