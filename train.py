@@ -37,6 +37,7 @@ from model import (
     load_checkpoint,
     model_of,
     n_parameters,
+    parse_recipe,
     pick_device,
     read_checkpoint,
     save_checkpoint,
@@ -163,11 +164,19 @@ def build_parser(**defaults: Any) -> argparse.ArgumentParser:
             raise ValueError
         return value
 
+    def recipe(text: str) -> str:
+        try:
+            parse_recipe(text)
+        except ValueError as error:
+            raise argparse.ArgumentTypeError(str(error)) from error
+        return text
+
     parser = argparse.ArgumentParser(description="Train a piano transcriber, choose its best checkpoint on validation, score it on test.",
                                      formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     add = parser.add_argument
     add("--model", "--model_type", type=str.lower, choices=tuple(MODELS), default="onf", help="which transcriber")
-    add("--recipe", choices=tuple(RECIPES), default="default", help="course: the homework's exact training, for its logs")
+    add("--recipe", type=recipe, default="default", metavar="NAME[,ENTRY=VALUE...]",
+        help=f"{' or '.join(RECIPES)}, the homework's exact training; entries of Recipe in model.py may be replaced: default,cosine=False")
     add("--data", default="data", help="data folder, see prepare.py")
     add("--iterations", "-i", type=positive(int), default=5000, help="training steps")
     add("--batch_size", "-b", type=positive(int), default=16, help="segments in a step, over all processes")
@@ -215,8 +224,9 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         args.logdir = typed.get("logdir", typed["resume"].parent)
         args.state = state
     else:
-        args = build_parser(**(DEBUG if typed.get("debug") else {})).parse_args(argv)
-        args.learning_rate = args.learning_rate or RECIPES[args.recipe].learning_rate
+        debug = {name: value for name, value in DEBUG.items() if f",{name}=" not in typed.get("recipe", "")}
+        args = build_parser(**(debug if typed.get("debug") else {})).parse_args(argv)
+        args.learning_rate = args.learning_rate or parse_recipe(args.recipe).learning_rate
         args.state = None
     world = int(os.environ.get("WORLD_SIZE", 1))
     if args.batch_size % world:
@@ -250,7 +260,7 @@ def train(args: argparse.Namespace, data: dict[str, list[Recording]], device: to
     if args.state:
         model = model_of(args.state, args.resume).to(device)
     else:
-        model = build_model(args.model, Sizes(args.cnn_unit, args.fc_unit), RECIPES[args.recipe]).to(device)
+        model = build_model(args.model, Sizes(args.cnn_unit, args.fc_unit), parse_recipe(args.recipe)).to(device)
     recipe = model.recipe  # a resumed run keeps the one it began with
     model.train()
     optimizer = torch.optim.Adam(model.parameters(), args.learning_rate, weight_decay=args.weight_decay,

@@ -26,11 +26,13 @@ from model import (
     ConvStack,
     Dropout,
     LogMelSpectrogram,
+    Recipe,
     Sizes,
     Transcriber,
     build_model,
     load_checkpoint,
     n_parameters,
+    parse_recipe,
     pick_device,
     read_checkpoint,
     save_checkpoint,
@@ -336,6 +338,13 @@ def test_audio_shorter_than_a_frame_gives_one(float32):
 def test_inference_makes_no_graph_and_is_float32_under_autocast():
     frame, onset = lively("onf").infer(noise(9 * HOP_SIZE), chunk_frames=4)
     assert not frame.requires_grad and frame.dtype == onset.dtype == torch.float32
+
+
+def test_every_entry_of_a_recipe_can_be_written():
+    """All of one recipe's entries, replaced by another's, make the other."""
+    entries = ",".join(f"{name}={value}" for name, value in dataclasses.asdict(Recipe()).items())
+    assert parse_recipe(f"course,{entries}") == Recipe() != parse_recipe("course") == COURSE
+    assert parse_recipe("default,cosine=0") == parse_recipe("default,cosine=1,cosine=False") == dataclasses.replace(Recipe(), cosine=False)
 
 
 # --- checkpoints ---

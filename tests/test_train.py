@@ -1,5 +1,6 @@
 """Training runs of a few tiny steps: what they write, how they stop and go on, and that several processes are as one."""
 
+import dataclasses
 import json
 import os
 import re
@@ -374,6 +375,39 @@ def test_the_courses_flags_are_understood():
 def test_the_learning_rate_is_the_recipes_until_typed(recipe):
     assert train.parse_args(["--recipe", recipe]).learning_rate == RECIPES[recipe].learning_rate
     assert train.parse_args(["--recipe", recipe, "-lr", "0.25"]).learning_rate == 0.25
+
+
+def test_entries_of_a_recipe_can_be_replaced(data_folder, tmp_path):
+    """The checkpoint, the configuration, the optimizer and a resumed run have them."""
+    text = "course,cosine=True,gain_db=3,learning_rate=2e-3"
+    assert train.main(tiny(data_folder, tmp_path, "--model", "rnn", "--recipe", text, "-i", "2")) == 0
+    expected = dataclasses.replace(RECIPES["course"], cosine=True, gain_db=3.0, learning_rate=2e-3)
+    assert load_checkpoint(tmp_path / "model-2.pt").recipe == expected
+    config = json.loads((tmp_path / "config.json").read_text())
+    assert config["recipe"] == text and config["recipe_entries"] == dataclasses.asdict(expected) and config["learning_rate"] == 2e-3
+    resume = ["--resume", str(tmp_path / "model-2.pt"), "-i", "3", "--device", "cpu"]
+    assert train.main([*resume, "--recipe", "course"]) == 1
+    assert train.main([*resume, "--recipe", text]) == 0
+    assert load_checkpoint(tmp_path / "model-3.pt").recipe == expected
+
+
+def test_a_learning_rate_in_the_recipe_is_typed_too():
+    assert train.parse_args(["--recipe", "default,learning_rate=0.125"]).learning_rate == 0.125
+    assert train.parse_args(["--recipe", "default,learning_rate=0.125", "--debug"]).learning_rate == 0.125
+    assert train.parse_args(["--recipe", "default,learning_rate=0.125", "-lr", "0.5"]).learning_rate == 0.5
+
+
+@pytest.mark.parametrize("text, message", [
+    ("cake", "'cake' is no recipe, choose from default, course"), ("cosine=True", "'cosine=True' is no recipe"), ("", "'' is no recipe"),
+    ("default,cosin=True", "'cosin' is no entry of a recipe, choose from normalise_mel, "), ("default,", "'' is no entry"),
+    ("default,cosine=yes", "cosine is True or False, not 'yes'"), ("default,cosine", "cosine is True or False, not ''"),
+    ("default,gain_db=loud", "gain_db is a number from 0 on, not 'loud'"), ("default,gain_db=-1", "not '-1'"), ("default,gain_db=nan", "not 'nan'"),
+    ("default,gain_db=inf", "not 'inf'")])
+def test_a_wrong_recipe_is_named(text, message, capsys):
+    with pytest.raises(SystemExit) as caught:
+        train.main(["--recipe", text])
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert caught.value.code == 2 and "error: argument --recipe: " in error and message in error
 
 
 def test_a_flag_beside_debug_counts():
