@@ -4,6 +4,7 @@ import dataclasses
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -77,7 +78,7 @@ def test_the_configuration_can_be_read(finished, data_folder):
     assert (config["model"], config["iterations"], config["batch_size"], config["sequence_length"]) == ("onf", 4, 2, 16384)
     assert (config["cnn_unit"], config["fc_unit"], config["seed"], config["recipe"]) == (4, 8, 0, "default")
     assert config["learning_rate"] == RECIPES["default"].learning_rate
-    assert config["data"] == str(data_folder)
+    assert config["data"] == config["data_description"]["folders"] == [str(data_folder)]
     assert config["data_description"]["recordings"] == {"train": 3, "validation": 1, "test": 2}
 
 
@@ -207,6 +208,32 @@ def test_a_resumed_run_keeps_its_recipe(data_folder, tmp_path, monkeypatch):
     monkeypatch.setitem(train.RECIPES, "default", RECIPES["course"])
     assert train.main(["--resume", str(tmp_path / "whole" / "model-2.pt"), "--logdir", str(tmp_path / "again"), "--device", "cpu"]) == 0
     assert_same_run(tmp_path / "whole" / "model-4.pt", tmp_path / "again" / "model-4.pt")
+
+
+def test_several_data_folders(data_folder, tmp_path, capsys):
+    """All are trained on, in the checkpoint and in the results; a resumed run still has them."""
+    more = Path(shutil.copytree(data_folder, tmp_path / "more"))
+    flags = ["--data", str(data_folder), str(more), "--logdir", str(tmp_path / "run"), "--model", "rnn", "--save_midi", *TINY]
+    assert train.main([*flags, "-i", "1"]) == 0
+    assert f"data {data_folder} {more}: 6 train" in capsys.readouterr().out
+    state = state_of(tmp_path / "run" / "model-1.pt")
+    assert state["data"]["folders"] == state["arguments"]["data"] == [str(data_folder), str(more)]
+    assert len(json.loads((tmp_path / "run" / "results.json").read_text())["recordings"]) == 4
+    assert len(list((tmp_path / "run" / "midi").glob("**/*.midi"))) == 4
+    assert train.main(["--resume", str(tmp_path / "run" / "model-1.pt"), "-i", "2", "--device", "cpu"]) == 0
+    assert "2 validation" in capsys.readouterr().out
+    assert evaluate.main([str(tmp_path / "run" / "model-2.pt"), "--split", "train", "--save_path", str(tmp_path)]) == 0
+    assert "6 train recordings" in capsys.readouterr().out
+
+
+def test_a_run_that_began_with_one_folder_goes_on(finished, data_folder, tmp_path):
+    """Checkpoints used to hold a single folder as text."""
+    state = state_of(finished / "model-2.pt")
+    state["arguments"]["data"] = str(data_folder)
+    torch.save(state, tmp_path / "model-2.pt")
+    assert train.main(["--resume", str(tmp_path / "model-2.pt"), "--device", "cpu"]) == 0
+    assert_same_run(finished / "model-4.pt", tmp_path / "model-4.pt")
+    assert json.loads((tmp_path / "config.json").read_text())["data"] == [str(data_folder)]
 
 
 def test_the_latest_of_equals_is_best(data_folder, tmp_path):
