@@ -62,26 +62,28 @@ class Recipe:
 RECIPES = {"default": Recipe(), "course": Recipe(False, False, False, False, False, False, False, 6e-4, "one", 0.0, 0.0, 0.0, 0.0, 0.0, 0.0)}
 
 
-def recipe_of(text: str) -> Recipe:
-    """The recipe of that name, or with entries changed: `default,room=0,cosine=False`.
+def parse_recipe(text: str) -> Recipe:
+    """`NAME[,ENTRY=VALUE...]`: a recipe of RECIPES, some of its entries replaced; `default,cosine=False,gain_db=6`.
 
     Raises:
-        ValueError: there is no such recipe or entry, or the value is not of its kind.
+        ValueError: there is no such recipe or entry, or the value is none of the entry's type; numbers are finite and not negative.
     """
     name, *changes = text.split(",")
     if name not in RECIPES:
-        raise ValueError(f"recipe {name!r}: known are {', '.join(RECIPES)}")
-    changed = {}
+        raise ValueError(f"{name!r} is no recipe, choose from {', '.join(RECIPES)}")
+    kinds, values = {field.name: field.type for field in dataclasses.fields(Recipe)}, {}
     for change in changes:
         entry, _, value = change.partition("=")
-        if entry not in (known := dataclasses.asdict(RECIPES[name])):
-            raise ValueError(f"recipe entry {entry!r}: known are {', '.join(known)}")
-        kinds = {bool: {"True": True, "False": False}.__getitem__, float: float, str: str}
+        if entry not in kinds:
+            raise ValueError(f"{entry!r} is no entry of a recipe, choose from {', '.join(kinds)}")
         try:
-            changed[entry] = kinds[type(known[entry])](value)
-        except (KeyError, ValueError) as error:
-            raise ValueError(f"recipe entry {entry}: {value!r} is no {type(known[entry]).__name__}") from error
-    return dataclasses.replace(RECIPES[name], **changed)
+            values[entry] = {"True": True, "False": False, "1": True, "0": False}[value] if kinds[entry] is bool else kinds[entry](value)
+            if isinstance(values[entry], (int, float)) and not 0 <= values[entry] < math.inf:
+                raise ValueError
+        except (KeyError, ValueError):
+            wanted = {bool: "True or False", int: "a whole number from 0 on", float: "a number from 0 on"}.get(kinds[entry], kinds[entry].__name__)
+            raise ValueError(f"{entry} is {wanted}, not {value!r}") from None
+    return dataclasses.replace(RECIPES[name], **values)
 
 
 @dataclass(frozen=True)
