@@ -130,13 +130,20 @@ def score(recording: Recording, logits: tuple[np.ndarray, np.ndarray], threshold
 
 
 def tune_thresholds(recordings: list[Recording], logits: list[tuple[np.ndarray, np.ndarray]]) -> dict[str, float]:
-    """The thresholds with the best mean note F1 (onset), then the best mean note-with-offsets F1 (frame), of THRESHOLDS."""
+    """The onset threshold with the best mean note F1, then the frame threshold with the best mean of frame F1 and
+    note-with-offsets F1, for both rest on it; of THRESHOLDS."""
     best = {"onset": 0.5, "frame": 0.5}
+
+    def f1_of_frames(recording: Recording, logit: np.ndarray, threshold: float) -> float:
+        ref = notes_to_rolls(recording.notes, len(logit))[1] > 0
+        return roll_metrics("frame", ref, probability(logit) >= threshold)["metric/frame/frame_f1"]
+
     for head, name in (("onset", "note"), ("frame", "note-with-offsets")):
         means = []
         for threshold in THRESHOLDS:
             tried = {**best, head: float(threshold)}
             means.append(np.mean([note_metrics(recording.notes, estimated_notes(logit, tried), (name,))[f"metric/{name}/f1"]
+                                  + (f1_of_frames(recording, logit[0], threshold) if head == "frame" else 0)
                                   for recording, logit in zip(recordings, logits)]))
         if max(means) > 0:
             best[head] = float(THRESHOLDS[int(np.argmax(means))])

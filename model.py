@@ -30,6 +30,7 @@ ONSET_RATE = 0.0036
 FRAME_RATE = 0.03
 CONTEXT = 3         # frames that three 3 x 3 convolutions see to either side
 SIDE = (N_FFT - HOP_SIZE) // 2  # samples that a Fourier window reaches past its frame on either side
+RELEASED = Path(__file__).parent / "runs" / "released" / "onf.pt"  # the checkpoint that comes with the code
 CHUNK_FRAMES = 512  # frames convolved at a time in a long recording, 16 s: big enough to be fast, flat in memory
 
 
@@ -438,10 +439,21 @@ def save_checkpoint(path: str | Path, model: Transcriber, **training: Any) -> No
     state = {"model": name, "sizes": dataclasses.asdict(model.sizes), "recipe": dataclasses.asdict(model.recipe),
              "constants": constants_dict(), "thresholds": model.thresholds, "weights": model.state_dict(),
              "versions": {"torch": torch.__version__ + "", "python": platform.python_version()}, **training}
+    write_state(path, state)
+
+
+def write_state(path: str | Path, state: dict[str, Any]) -> None:
     buffer = io.BytesIO()
     torch.save(state, buffer)  # not into the file: of a full disk torch's own writer says nothing that helps
     with written_whole(path) as temporary:
         temporary.write_bytes(buffer.getvalue())
+
+
+def share_checkpoint(path: str | Path, state: dict[str, Any]) -> None:
+    """Write what `read_checkpoint` gave, without what only more training needs, its weights in half precision; raises OSError."""
+    weights = {name: value.half() if value.is_floating_point() else value for name, value in state["weights"].items()}
+    kept = {name: value for name, value in state.items() if name not in ("optimizer", "scheduler")} | {"weights": weights}
+    write_state(path, kept)
 
 
 def read_checkpoint(path: str | Path) -> dict[str, Any]:

@@ -36,6 +36,7 @@ from model import (
     pick_device,
     read_checkpoint,
     save_checkpoint,
+    share_checkpoint,
 )
 
 SMALL = Sizes(4, 8, 8)
@@ -515,3 +516,15 @@ def test_an_unknown_device_is_named():
     with pytest.raises(ValueError, match="device 'abacus'"):
         pick_device("abacus")
     assert pick_device("cpu") == torch.device("cpu")
+
+
+def test_a_shared_checkpoint_is_half_as_large_and_only_weights(tmp_path):
+    model = build_model("onf", SMALL)
+    save_checkpoint(tmp_path / "whole.pt", model, optimizer={"much": torch.zeros(1000)}, step=5)
+    share_checkpoint(tmp_path / "shared.pt", read_checkpoint(tmp_path / "whole.pt"))
+    shared = read_checkpoint(tmp_path / "shared.pt")
+    assert "optimizer" not in shared and shared["step"] == 5 and shared["thresholds"] == model.thresholds
+    assert all(value.dtype in (torch.float16, torch.int64) for value in shared["weights"].values())
+    loaded = load_checkpoint(tmp_path / "shared.pt")
+    for (name, ours), theirs in zip(model.state_dict().items(), loaded.state_dict().values()):
+        assert theirs.dtype == ours.dtype and torch.allclose(ours.float(), theirs.float(), rtol=1e-3, atol=1e-6), name
