@@ -26,6 +26,7 @@ from model import (
     ConvStack,
     Dropout,
     LogMelSpectrogram,
+    PoolRectifyDrop,
     Recipe,
     Sizes,
     Transcriber,
@@ -242,6 +243,32 @@ def test_dropout_draws_anew_and_passes_gradients_of_what_it_kept():
     y.sum().backward()
     assert torch.equal(x.grad != 0, y != 0)
     assert not torch.equal(layer(x) == 0, y == 0)
+
+
+@pytest.mark.parametrize("shape", [(2, 3, 5, 8), (2, 3, 5, 9), (1, 1, 1, 2), (1, 4, 3, 3)])
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+def test_pooling_with_its_rectifier_is_torchs_own(shape, layout):
+    ours = torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(memory_format=layout).requires_grad_()
+    theirs = ours.detach().clone().requires_grad_()
+    layer = PoolRectifyDrop(0.0)
+    y, expected = layer(ours), nn.functional.max_pool2d(theirs.relu(), (1, 2))
+    weights = torch.randn(y.shape, generator=torch.Generator().manual_seed(1))
+    (y * weights).sum().backward()
+    (expected * weights).sum().backward()
+    assert torch.equal(y, expected) and torch.equal(ours.grad, theirs.grad)
+    assert torch.equal(layer.eval()(ours.detach()), expected)
+
+
+def test_pooling_drops_and_scales_like_dropout():
+    x = torch.rand(4, 8, 50, 40, generator=torch.Generator().manual_seed(0)).to(memory_format=torch.channels_last).requires_grad_()
+    torch.manual_seed(0)
+    y = PoolRectifyDrop(0.25)(x)
+    y.sum().backward()
+    kept = y > 0
+    assert kept.float().mean() == pytest.approx(0.75, abs=0.02)
+    assert torch.allclose(y[kept], nn.functional.max_pool2d(x, (1, 2))[kept] / 0.75)
+    assert torch.equal(x.grad.unflatten(3, (-1, 2)).sum(4) > 0, kept)
+    assert set(x.grad.unique().tolist()) == {0.0, y.new_tensor(1 / 0.75).item()}
 
 
 @pytest.mark.parametrize("shape", [(3, 5, 7), (3, 5, 7, 2)])

@@ -333,7 +333,7 @@ import model, train
 
 torch.set_num_threads(1)
 train.autocast = lambda device: torch.autocast(device.type, enabled=False)
-model.Dropout.forward = lambda self, x: x
+model.Dropout.factors = lambda self, out: out.fill_(1)
 train.augment = lambda audio, *_: audio
 train.RECIPES["default"] = dataclasses.replace(train.RECIPES["default"], detune=0, mask=0)
 
