@@ -1,107 +1,141 @@
 """How fast training, transcription and the rest are, beside a plain reference of the same model: `python tests/bench.py train`.
 
-The reference (`reference.py`) is Onsets and Frames as a course would write it; ours is what `train.py` and `transcribe.py` run, the
-default recipe, which has some layers more. Each side lives in a process of its own, and they take turns, so that what else the
-machine does falls on both. A round before the first is not counted. The table has medians, and smallest and largest in
-brackets; the JSON file has every number. OMP_NUM_THREADS in the environment sets the number of threads. For Linux and macOS.
+The reference (`reference.py`) is Onsets and Frames as a course would write it. Ours is what `train.py` and `transcribe.py` run by
+default, a model with some layers more. Each side has a process of its own and they take turns, so that whatever else the
+machine does falls on both; a first round is not counted. The table shows medians, and smallest and largest in brackets; the
+JSON file has every number. OMP_NUM_THREADS in the environment sets the threads of all. For Linux and macOS.
 """
 
 import argparse
 import contextlib
 import json
+import math
 import multiprocessing
 import os
 import platform
 import re
+import resource
+import shutil
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import asdict, astuple, dataclass
 from functools import cache, partial
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 import numpy as np  # noqa: E402  # after the path
+import reference  # noqa: E402
 import torch  # noqa: E402
+import torch.distributed as dist  # noqa: E402
 from torch import Tensor, nn  # noqa: E402
 
 import model  # noqa: E402
-import reference  # noqa: E402
 import train  # noqa: E402
 from audio import load_audio, save_audio  # noqa: E402
 from constants import HOP_SIZE, N_MELS, SAMPLE_RATE  # noqa: E402
-from dataset import Recording, Segments, audio_to_int16  # noqa: E402
+from dataset import COLUMNS, Recording, Segments, audio_to_int16, load_split  # noqa: E402
 from evaluate import estimated_notes, extract_notes  # noqa: E402
 from files import write_json  # noqa: E402
-from model import FRAME_RATE, ONSET_RATE, Sizes, build_model, load_checkpoint, pick_device, save_checkpoint  # noqa: E402
+from model import FRAME_RATE, ONSET_RATE, Sizes, build_model, load_checkpoint, pick_device, read_checkpoint, save_checkpoint  # noqa: E402
 from notes import Notes, write_midi  # noqa: E402
 
-NOTES_PER_HOUR = 35000   # MAESTRO v2: 7.13 M notes in 201.2 h
-RECORDING_SECONDS = 600  # as long as MAESTRO's recordings are on average
-TONES_SECONDS = 20       # the made-up sound repeats after so long
-PEAK_SECONDS = 0.3       # how long each product is repeated to see the machine's rate
+SIZES = Sizes()
+NOTES_PER_HOUR = 35000  # MAESTRO v2: 7.13 M notes in 201.2 h
+RECORDING_SECONDS = 600  # what MAESTRO's recordings last on average
+DATA_HOURS = (1, 200)   # the small and the big training set; MAESTRO has 200 h
+DRAWN = 20              # batches drawn from these in a round
+LOADED = (100, 30)      # how many recordings are loaded, and their seconds
+LENGTHS = [3, 60]       # minutes of the recordings that transcribe.py gets
+DECODED = 60            # minutes of the rolls that are decoded
+PROCESS_ROUNDS = 3      # how often whole processes of transcribe.py and torchrun run
+TONES_SECONDS = 20      # after which the made-up sound repeats
+RATE_SECONDS = 0.3      # how long a product is repeated to see the machine's rate
+SCRIPTS = ("train.py", "evaluate.py", "transcribe.py", "prepare.py")
 
 Numbers = dict[str, float]
-Work = Callable[[], Numbers | None]
+Work = Callable[[], Numbers]  # something to measure; gives what it measured itself
+works: dict[str, Work] = {}   # what a worker process has made
 
 
 @dataclass
 class Row:
-    """A line of the table: `ours` against the `base`, in seconds unless the unit says otherwise."""
+    """A line of the table: what was measured of ours and, where there is one, of what it is compared with."""
 
     what: str
     ours: list[float]
     base: list[float] | None = None
-    base_name: str = "reference"
+    against: str = "reference"
     unit: str = "s"
     note: str = ""
+
+    def ratio(self) -> float | None:
+        """How many times faster or smaller ours is."""
+        return statistics.median(self.base) / statistics.median(self.ours) if self.base and self.unit in ("s", "GB") else None
+
+    def cells(self) -> list[str]:
+        def spread(values: list[float]) -> str:
+            low, middle, high = (f"{x:.0f}" if x >= 1000 else f"{x:.3g}" for x in (min(values), statistics.median(values), max(values)))
+            return f"{middle} {self.unit} [{low}..{high}]"
+        compared = [self.against, spread(self.base)] if self.base else ["", ""]
+        return [self.what, spread(self.ours), *compared, f"{ratio:.3g}" if (ratio := self.ratio()) else "", self.note]
 
 
 # --- taking turns ---
 
-def serve(pipe: Any, make: Callable[[], Work]) -> None:
-    """A worker process: work once for every message, and answer with what was measured."""
-    work = make()
-    pipe.send("ready")
-    while pipe.recv():
-        start = time.perf_counter()
-        numbers = work()
-        pipe.send({"seconds": time.perf_counter() - start, **(numbers or {})})
+def work_once(name: str, make: Callable[[], Work]) -> Numbers:
+    """In a worker process: what it measures and its seconds. Its work is made at the first time."""
+    work = works.get(name) or works.setdefault(name, make())
+    start = time.perf_counter()
+    numbers = work()
+    return {"seconds": time.perf_counter() - start, **numbers}
 
 
-@contextlib.contextmanager
-def worker(make: Callable[[], Work]) -> Any:
-    """Start a process that makes its work; gives a function that has the work done once."""
-    context = multiprocessing.get_context("spawn")  # a fork would inherit our threads and our heap
-    pipe, theirs = context.Pipe()
-    process = context.Process(target=serve, args=(theirs, make), daemon=True)
-    process.start()
-    theirs.close()  # so that a dead worker is the end of the pipe
-    pipe.recv()
-
-    def once() -> Numbers:
-        pipe.send(True)
-        return pipe.recv()
-
-    try:
-        yield once
-    finally:
-        process.terminate()
-        process.join()
-
-
-def take_turns(makers: dict[str, Callable[[], Work]], rounds: int) -> dict[str, dict[str, list[float]]]:
-    """What each maker's work measured in each round, by name; one works while the others wait."""
+def take_turns(rounds: int, makers: dict[str, Callable[[], Work]], unmeasured: int = 1) -> dict[str, dict[str, list[float]]]:
+    """What each side's work measured in each round, by its name; one side works while the others wait."""
+    spawn = multiprocessing.get_context("spawn")  # a fork would inherit our heap, and ours tunes its allocator
     with contextlib.ExitStack() as stack:
-        workers = {name: stack.enter_context(worker(make)) for name, make in makers.items()}
-        answers = [{name: once() for name, once in workers.items()} for _ in range(rounds + 1)][1:]
+        pools = {name: stack.enter_context(ProcessPoolExecutor(1, spawn)) for name in makers}
+        answers = [{name: pools[name].submit(work_once, name, make).result() for name, make in makers.items()}
+                   for _ in range(rounds + unmeasured)][unmeasured:]
     return {name: {key: [answer[name][key] for answer in answers] for key in answers[0][name]} for name in makers}
+
+
+def in_stages(**stages: Callable[[Any], Any]) -> Work:
+    """Work in stages, each timed, that hand on what they make; where the last makes notes, their number too."""
+    def work() -> Numbers:
+        made, numbers = None, {}
+        for name, stage in stages.items():
+            start = time.perf_counter()
+            made = stage(made)
+            numbers[name] = time.perf_counter() - start
+        return {**numbers, "notes": len(made)} if isinstance(made, Notes) else numbers
+    return work
+
+
+def run_process(*command: str, **environment: str) -> tuple[float, float]:
+    """Wall seconds and peak resident GB of a Python process. The system counts from our own size on, so that stays small."""
+    start = time.perf_counter()
+    process = subprocess.Popen([sys.executable, *command], cwd=ROOT, env={**os.environ, **environment}, stdout=subprocess.DEVNULL,
+                               stderr=subprocess.PIPE)
+    error = process.stderr.read()
+    _, status, usage = os.wait4(process.pid, 0)
+    process.returncode = os.waitstatus_to_exitcode(status)
+    if process.returncode:
+        raise OSError(f"{' '.join(command)} ended with {process.returncode}: {error.decode(errors='replace')}")
+    return time.perf_counter() - start, peak_gb(usage)
+
+
+def peak_gb(usage: resource.struct_rusage) -> float:
+    return usage.ru_maxrss * (1 if platform.system() == "Darwin" else 1024) / 1e9  # in bytes there, in KiB here
 
 
 # --- made-up music ---
@@ -118,33 +152,42 @@ def tones() -> np.ndarray:
     return np.clip(audio, -1, 1)
 
 
+def write_recording(path: Path, seconds: float) -> None:
+    save_audio(path, (tones()[: round((seconds - start) * SAMPLE_RATE)] for start in range(0, math.ceil(seconds), TONES_SECONDS)))
+
+
 def some_notes(seconds: float, seed: int) -> Notes:
     """As many notes as there are in music, on random keys."""
-    random = np.random.default_rng(seed)
-    count = round(NOTES_PER_HOUR * seconds / 3600)
-    onsets = random.uniform(0, max(0.1, seconds - 2), count)
-    intervals = np.stack([onsets, onsets + 0.05 + random.exponential(0.4, count).clip(max=1.9)], axis=1)
+    random, count = np.random.default_rng(seed), math.ceil(NOTES_PER_HOUR * seconds / 3600)
+    onsets = random.uniform(0, seconds - 1, count)
+    intervals = np.stack([onsets, onsets + random.exponential(0.4, count).clip(0.05, 1)], axis=1)
     return Notes(intervals, random.normal(64, 12, count).round().clip(21, 108), np.full(count, 80))
 
 
-def some_recording(seconds: float, seed: int) -> Recording:
-    audio = np.resize(audio_to_int16(tones()), round(seconds * SAMPLE_RATE))
-    return Recording(f"{seed}", audio, some_notes(seconds, seed))
+def some_recordings(count: int) -> list[Recording]:
+    audio = np.resize(audio_to_int16(tones()), RECORDING_SECONDS * SAMPLE_RATE)
+    return [Recording(str(seed), audio.copy(), some_notes(RECORDING_SECONDS, seed)) for seed in range(count)]
 
 
-def write_recording(path: Path, minutes: float) -> None:
-    seconds = 60 * minutes
-    save_audio(path, (tones()[: round((seconds - start) * SAMPLE_RATE)] for start in range(0, int(np.ceil(seconds)), TONES_SECONDS)))
+def mapped_recordings(folder: Path, hours: float) -> list[Recording]:
+    """Recordings mapped like those in the cache. Their files are holes of silence: they take no room, and no time of the disk's."""
+    recordings = []
+    for seed in range(round(hours * 3600 / RECORDING_SECONDS)):
+        with open(folder / f"{hours}h-{seed}", "wb") as file:
+            file.truncate(2 * RECORDING_SECONDS * SAMPLE_RATE)
+        recordings.append(Recording(str(seed), np.memmap(file.name, np.int16, "r"), some_notes(RECORDING_SECONDS, seed)))
+    return recordings
 
 
 @torch.no_grad()
-def listen_for_music(net: nn.Module, logits_of: Callable[[Tensor], tuple[Tensor, Tensor]]) -> nn.Module:
-    """Shift an untrained model's output biases until it hears as much as there is in music: decoding needs its work."""
-    audio = torch.from_numpy(tones())
-    for head, layer, rate in ((1, net.onset_fc, ONSET_RATE), (0, net.combined_fc, FRAME_RATE)):  # onsets first, frames hear of them
-        logit = logits_of(audio)[head]                                        # (T, K)
-        layer.bias -= logit.float().cpu().quantile(1 - rate, dim=0).to(layer.bias.device)
-    return net
+def listen_for_music(net: nn.Module, logits_of: Callable[[Tensor], tuple[Tensor, Tensor]]) -> None:
+    """Spread and shift an untrained model's outputs until it hears about as much as there is in music: decoding needs its work."""
+    for number, head, rate in ((1, "onset", ONSET_RATE), (0, "combined", FRAME_RATE)):  # frames after the onsets they hear of
+        logit = logits_of(torch.from_numpy(tones()))[number].float().cpu()              # (T, K)
+        spread, layer, path = 3 / logit.std(dim=0), getattr(net, f"{head}_fc"), getattr(net, f"{head}_path", None)
+        for linear in (layer, path) if path else (layer,):
+            linear.weight *= spread[:, None].to(linear.weight.device)
+        layer.bias.copy_((layer.bias.cpu() - logit.quantile(1 - rate, dim=0)) * spread)
 
 
 # --- training ---
@@ -154,141 +197,116 @@ def finish(device: torch.device) -> None:
         torch.cuda.synchronize()
 
 
-def our_training(args: argparse.Namespace, make_recordings: Callable[[], list[Recording]], parallel: Any = nn.Identity()) -> Work:
-    """A training step as train.py does it. All that this file knows of train.py's loop is here."""
+def our_training(args: argparse.Namespace, make_recordings: Callable[[], list[Recording]], parallel: Callable = lambda net: net) -> Work:
+    """A training step as train.py does it: all that this file knows of train.py's loop."""
     train.keep_pages()
     torch.manual_seed(0)
     device, recipe = pick_device(args.device), model.RECIPES["default"]
-    net = build_model("onf", Sizes(args.cnn_unit, args.fc_unit), recipe).to(device).train()
+    net = build_model("onf", SIZES, recipe).to(device).train()
     optimizer = torch.optim.Adam(net.parameters(), recipe.learning_rate, fused=device.type in ("cpu", "cuda"))
     segments = Segments(make_recordings(), args.sequence_length, 0, recipe.gain_db)
-    batches = train.batches(segments, args.batch_size, 1, 10000, 0, device)
-    net_of_all = parallel(net)
+    batches, wrapped = train.batches(segments, args.batch_size, 1, 10000, 0, device), parallel(net)
 
-    def step() -> Numbers:
-        start = time.perf_counter()
-        batch = next(batches)
-        cut = time.perf_counter()
-        loss = sum(train.losses_of(net_of_all, batch, device).values())
-        loss.item()
+    def learn(batch: dict[str, Tensor]) -> None:
+        loss = sum(train.losses_of(wrapped, batch, device).values())
+        train.any_rank(not math.isfinite(loss.item()), False)
         optimizer.zero_grad()
         loss.backward()
         train.clip_gradients(net, recipe)
         optimizer.step()
         finish(device)
-        return {"batch": cut - start}
-    return step
+    return in_stages(batch=lambda _: next(batches), learning=learn)
 
 
 def reference_training(args: argparse.Namespace, make_recordings: Callable[[], list[Recording]]) -> Work:
     torch.manual_seed(0)
     device = pick_device(args.device)
-    net = reference.OnsetsAndFrames(args.cnn_unit, args.fc_unit).to(device).train()
+    net = reference.OnsetsAndFrames(*astuple(SIZES)).to(device).train()
     optimizer = torch.optim.Adam(net.parameters(), reference.LEARNING_RATE)
-    data = reference.Recordings([(recording.audio, recording.notes) for recording in make_recordings()], args.sequence_length)
-    loader = torch.utils.data.DataLoader(data, args.batch_size, shuffle=True)
+    loader = torch.utils.data.DataLoader(reference.Recordings(make_recordings(), args.sequence_length), args.batch_size, shuffle=True)
     batches = (batch for _ in range(10000) for batch in loader)
 
-    def step() -> Numbers:
-        start = time.perf_counter()
-        batch = {name: value.to(device) for name, value in next(batches).items()}
-        cut = time.perf_counter()
-        reference.training_step(net, optimizer, batch)
+    def learn(batch: dict[str, Tensor]) -> None:
+        reference.training_step(net, optimizer, {name: value.to(device) for name, value in batch.items()})
         finish(device)
-        return {"batch": cut - start}
-    return step
+    return in_stages(batch=lambda _: next(batches), learning=learn)
 
 
-def machine_rate(args: argparse.Namespace) -> Work:
-    """FLOP/s of a matrix product and of the second convolution's forward pass, in both precisions."""
+def machine_rates(args: argparse.Namespace) -> Work:
+    """GFLOP/s of a matrix product and of the second convolution's forward pass, in both precisions."""
     device = pick_device(args.device)
     side, batch = (8192, args.batch_size) if device.type == "cuda" else (2048, 4)
 
-    def rate(flops: float, product: Callable[[], Any]) -> float:
-        product()
+    @torch.inference_mode()
+    def rate(flops: float, product: Callable[[Tensor], Tensor], x: Tensor) -> float:
+        product(x)
         finish(device)
         start, count = time.perf_counter(), 0
-        while (seconds := time.perf_counter() - start) < PEAK_SECONDS or not count:
-            product()
+        while (seconds := time.perf_counter() - start) < RATE_SECONDS or not count:
+            product(x)
             finish(device)
             count += 1
-        return flops * count / seconds
+        return flops * count / seconds / 1e9
 
-    @torch.inference_mode()
     def work() -> Numbers:
         rates = {}
-        for dtype in (torch.float32, torch.bfloat16):
+        for name, dtype in (("float32", torch.float32), ("bfloat16", torch.bfloat16)):
             matrix = torch.randn(side, side, dtype=dtype, device=device)
-            x = torch.randn(batch, 48, 200, N_MELS, dtype=dtype, device=device).to(memory_format=torch.channels_last)
-            conv = nn.Conv2d(48, 48, 3, padding=1).to(device, dtype, memory_format=torch.channels_last)
-            name = str(dtype).removeprefix("torch.")
-            rates[f"matmul {name}"] = rate(2 * side**3, lambda matrix=matrix: matrix @ matrix)
-            rates[f"convolution {name}"] = rate(2 * x.numel() * 48 * 9, lambda conv=conv, x=x: conv(x))
+            rates[f"matmul, {name}"] = rate(2 * side**3, lambda x: x @ x, matrix)
+            conv = nn.Conv2d(48, 48, 3, padding=1).to(device, dtype).to(memory_format=torch.channels_last)
+            mel = torch.randn(batch, 48, 200, N_MELS, dtype=dtype, device=device).to(memory_format=torch.channels_last)
+            rates[f"convolution, {name}"] = rate(2 * 9 * 48 * mel.numel(), conv, mel)
         return rates
     return work
 
 
 def forward_flops(net: nn.Module, n_frames: int = 8) -> float:
-    """Multiplications and additions of one frame in the convolutions, linear layers and LSTMs of a plain model."""
-    total = 0
+    """Multiplications and additions for a frame in the convolutions, linear layers and LSTMs of the reference."""
+    flops = []
 
     def count(layer: nn.Module, _: Any, output: Any) -> None:
-        nonlocal total
         if isinstance(layer, nn.LSTM):
-            total += 2 * n_frames * sum(weight.numel() for name, weight in layer.named_parameters() if name.startswith("weight"))
+            flops.append(2 * n_frames * sum(p.numel() for name, p in layer.named_parameters() if name.startswith("weight")))
         else:
-            total += 2 * output.numel() * layer.weight[0].numel()
+            flops.append(2 * output.numel() * layer.weight[0].numel())
 
-    hooks = [layer.register_forward_hook(count) for layer in net.modules() if isinstance(layer, (nn.Conv2d, nn.Linear, nn.LSTM))]
+    for layer in net.modules():
+        if isinstance(layer, (nn.Conv2d, nn.Linear, nn.LSTM)):
+            layer.register_forward_hook(count)
     with torch.inference_mode():
         net(torch.zeros(1, n_frames * HOP_SIZE))
-    for hook in hooks:
-        hook.remove()
-    return total / n_frames
+    return sum(flops) / n_frames
 
 
 def kernel_share(args: argparse.Namespace, make_recordings: Callable[[], list[Recording]]) -> Work:
-    """On CUDA: the share of our training step that convolution and matrix product kernels take."""
+    """On CUDA: how much of our training step convolution and matrix product kernels take."""
     step = our_training(args, make_recordings)
+    kernels = re.compile("conv(?!ert)|gemm|cutlass|xmma|nvjet|wgrad|dgrad|fprop", re.IGNORECASE)
 
     def work() -> Numbers:
-        step()
         with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
-            start = time.perf_counter()
-            for _ in range(5):
-                step()
-            seconds = time.perf_counter() - start
-        busy = sum(event.self_device_time_total for event in profile.key_averages()
-                   if re.search(r"conv(?!ert)|gemm|cutlass|xmma|nvjet|wgrad|dgrad|fprop", event.key, re.IGNORECASE))
-        return {"share": busy / 1e6 / seconds}
+            seconds = sum(sum(step().values()) for _ in range(5))
+        return {"share": sum(event.self_device_time_total for event in profile.key_averages() if kernels.search(event.key)) / 1e6 / seconds}
     return work
 
 
-def training_recordings(args: argparse.Namespace, count: int) -> list[Recording]:
-    return [some_recording(RECORDING_SECONDS, seed) for seed in range(count)]
-
-
 def bench_train(args: argparse.Namespace) -> list[Row]:
-    recordings = partial(training_recordings, args, args.batch_size)  # the reference takes one segment from each
+    recordings = partial(some_recordings, args.batch_size)  # the reference takes one segment of each
     makers = {"reference": partial(reference_training, args, recordings), "ours": partial(our_training, args, recordings),
-              "machine": partial(machine_rate, args)}
-    on_cuda = pick_device(args.device).type == "cuda"
-    if on_cuda:
-        makers["profile"] = partial(kernel_share, args, recordings)
-    found = take_turns(makers, args.rounds)
+              "machine": partial(machine_rates, args)}
+    if pick_device(args.device).type == "cuda":
+        makers["cuda"] = partial(kernel_share, args, recordings)
+    found = take_turns(args.rounds, makers)
     base, ours, rates = found["reference"], found["ours"], found["machine"]
-    del rates["seconds"]
-    flops = 3 * forward_flops(reference.OnsetsAndFrames(args.cnn_unit, args.fc_unit)) * args.batch_size * args.sequence_length // HOP_SIZE
-    bound = flops / max(statistics.median(rate) for name, rate in rates.items() if name.startswith("convolution"))
-    step = statistics.median(ours["seconds"])
-    rows = [Row(f"training step, onf, {args.batch_size} x {args.sequence_length}", ours["seconds"], base["seconds"],
-                note=f"{flops / 1e9:.0f} GFLOP; the convolution's rate allows {bound:.2f} s, so {bound / step:.0%} of it"),
-            Row("of it, cutting the batch", ours["batch"], base["batch"]),
-            Row("its arithmetic", [flops / s / 1e9 for s in ours["seconds"]], [flops / s / 1e9 for s in base["seconds"]], unit="GFLOP/s")]
-    rows += [Row(f"rate of a {name}", [r / 1e9 for r in rate], unit="GFLOP/s") for name, rate in rates.items()]
-    if on_cuda:
-        rows.append(Row("share of the step in convolution and matmul kernels", found["profile"]["share"], unit=""))
-    return rows
+    # backwards each layer is multiplied twice more: for its input and for its weights
+    gflop = 3 * forward_flops(reference.OnsetsAndFrames(*astuple(SIZES))) * args.batch_size * args.sequence_length / HOP_SIZE / 1e9
+    bound = gflop / max(statistics.median(rates[name]) for name in rates if name.startswith("convolution"))
+    rows = [Row(f"training step, {args.batch_size} x {args.sequence_length}", ours["seconds"], base["seconds"]),
+            Row("- of it cutting the batch", ours["batch"], base["batch"]),
+            Row("- arithmetic", *([gflop / s for s in side["seconds"]] for side in (ours, base)), unit="GFLOP/s",
+                note=f"{gflop:.3g} GFLOP take {bound:.3g} s at the convolution's rate, {bound / statistics.median(ours['seconds']):.0%} of ours"),
+            *(Row(f"- this machine's {name}", rates[name], unit="GFLOP/s") for name in rates if name != "seconds")]
+    return rows + ([Row("- share in convolution and matmul kernels", found["cuda"]["share"], unit="")] if "cuda" in found else [])
 
 
 # --- transcription ---
@@ -296,182 +314,262 @@ def bench_train(args: argparse.Namespace) -> list[Row]:
 def our_transcription(args: argparse.Namespace, folder: Path) -> Work:
     train.keep_pages()
     net = load_checkpoint(folder / "ours.pt", pick_device(args.device))
-
-    def work() -> Numbers:
-        times = [time.perf_counter()]
-        audio = load_audio(folder / "short.flac")
-        times.append(time.perf_counter())
-        logits = tuple(logit.numpy() for logit in net.infer(torch.from_numpy(audio)))
-        times.append(time.perf_counter())
-        notes = estimated_notes(logits, net.thresholds)
-        times.append(time.perf_counter())
-        write_midi(folder / "ours.midi", notes)
-        times.append(time.perf_counter())
-        return {**dict(zip(PARTS, np.diff(times).tolist())), "notes": len(notes)}
-    return work
+    return in_stages(reading=lambda _: load_audio(folder / "short.flac"),
+                     inference=lambda audio: tuple(logit.numpy() for logit in net.infer(torch.from_numpy(audio))),
+                     decoding=lambda logits: estimated_notes(logits, net.thresholds),
+                     writing=lambda notes: write_midi(folder / "ours.midi", notes) or notes)
 
 
 def reference_transcription(args: argparse.Namespace, folder: Path) -> Work:
     torch.manual_seed(0)
     device = pick_device(args.device)
-    net = reference.OnsetsAndFrames(args.cnn_unit, args.fc_unit).to(device).eval()
-    listen_for_music(net, lambda audio: tuple(logit[0] for logit in net(audio[None].to(device))))
+    net = reference.OnsetsAndFrames(*astuple(SIZES)).to(device).eval()
 
     @torch.no_grad()
-    def work() -> Numbers:
-        times = [time.perf_counter()]
-        audio = reference.read_audio(folder / "short.flac")
-        times.append(time.perf_counter())
-        frame, onset = (torch.sigmoid(logit[0]).cpu().numpy() for logit in net(torch.from_numpy(audio)[None].to(device)))
-        times.append(time.perf_counter())
-        notes = reference.extract_notes(onset, frame)
-        times.append(time.perf_counter())
-        reference.write_midi(str(folder / "reference.midi"), notes)
-        times.append(time.perf_counter())
-        return {**dict(zip(PARTS, np.diff(times).tolist())), "notes": len(notes)}
-    return work
+    def logits_of(audio: Tensor) -> tuple[Tensor, ...]:
+        return tuple(logit[0].cpu() for logit in net(audio[None].to(device)))
 
-
-PARTS = ("reading", "inference", "decoding", "MIDI writing")
-
-
-def run_process(command: list[str]) -> tuple[float, float]:
-    """Wall seconds and peak resident GB of a process. Its peak is at least ours, from which it starts, so ours stays small."""
-    start = time.perf_counter()
-    process = subprocess.Popen([sys.executable, *command], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, cwd=ROOT)
-    error = process.stderr.read()
-    _, status, usage = os.wait4(process.pid, 0)
-    seconds, process.returncode = time.perf_counter() - start, os.waitstatus_to_exitcode(status)
-    if process.returncode:
-        raise RuntimeError(f"{' '.join(command)}: {error.decode(errors='replace')}")
-    unit = 1 if platform.system() == "Darwin" else 1024  # ru_maxrss is in bytes there, in KiB here
-    return seconds, usage.ru_maxrss * unit / 1e9
+    listen_for_music(net, logits_of)
+    return in_stages(reading=lambda _: reference.read_audio(folder / "short.flac"),
+                     inference=lambda audio: [torch.sigmoid(logit).numpy() for logit in logits_of(torch.from_numpy(audio))],
+                     decoding=lambda probs: reference.extract_notes(probs[1], probs[0]),
+                     writing=lambda notes: reference.write_midi(folder / "reference.midi", notes) or notes)
 
 
 def bench_transcribe(args: argparse.Namespace) -> list[Row]:
     with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
-        write_recording(folder / "short.flac", args.minutes)
+        folder, lengths = Path(name), [*LENGTHS, *([180] if args.long else [])]
         torch.manual_seed(0)
-        net = build_model("onf", Sizes(args.cnn_unit, args.fc_unit)).eval()
-        save_checkpoint(folder / "ours.pt", listen_for_music(net, net.infer))
-        found = take_turns({"reference": partial(reference_transcription, args, folder), "ours": partial(our_transcription, args, folder)},
-                           args.rounds)
-        base, ours = found["reference"], found["ours"]
-        rows = [Row(f"transcription, {args.minutes:g} min", ours["seconds"], base["seconds"],
-                    note=f"{60 * args.minutes / statistics.median(ours['seconds']):.0f} x real time; reference "
-                         f"{60 * args.minutes / statistics.median(base['seconds']):.0f} x; notes {ours['notes'][0]} and {base['notes'][0]}"),
-                *(Row(f"of it, {part}", ours[part], base[part]) for part in PARTS)]
-        lengths = [*args.lengths, *([180] if args.long else [])]
-        runs = {minutes: [] for minutes in lengths}
+        net = build_model("onf", SIZES).eval()
+        listen_for_music(net, net.infer)
+        save_checkpoint(folder / "ours.pt", net)
+        write_recording(folder / "short.flac", 60 * args.minutes)
+        found = take_turns(args.rounds, {"reference": partial(reference_transcription, args, folder),
+                                         "ours": partial(our_transcription, args, folder)})
         for minutes in lengths:
-            write_recording(folder / f"{minutes:g}.flac", minutes)
-        for _ in range(args.processes):
-            for minutes in lengths:
-                runs[minutes].append(run_process(["transcribe.py", str(folder / "ours.pt"), str(folder / f"{minutes:g}.flac"),
-                                                  "--save_path", name, "--device", args.device]))
-        for minutes, pairs in runs.items():
-            seconds, peaks = map(list, zip(*pairs))
-            rows += [Row(f"python transcribe.py, {minutes:g} min", seconds, note=f"{60 * minutes / statistics.median(seconds):.0f} x real time"),
-                     Row("its peak memory", peaks, unit="GB")]
+            write_recording(folder / f"{minutes}min.flac", 60 * minutes)
+        runs = [[run_process("transcribe.py", str(folder / "ours.pt"), str(folder / f"{minutes}min.flac"), "--save_path", name,
+                             "--device", args.device) for minutes in lengths] for _ in range(PROCESS_ROUNDS)]
+    base, ours = found["reference"], found["ours"]
+
+    def speed(minutes: float, seconds: list[float]) -> str:
+        return f"{60 * minutes / statistics.median(seconds):.3g} x real time"
+
+    rows = [Row(f"transcription, {args.minutes:g} min", ours["seconds"], base["seconds"], note=speed(args.minutes, ours["seconds"])),
+            *(Row(f"- {part}", ours[part], base[part]) for part in ("reading", "inference", "decoding", "writing"))]
+    rows[-1].note = f"{ours['notes'][0]} notes, {base['notes'][0]} notes"
+    for minutes, pairs in zip(lengths, zip(*runs)):
+        seconds, peaks = map(list, zip(*pairs))
+        rows += [Row(f"transcribe.py, {minutes} min", seconds, note=speed(minutes, seconds)), Row("- peak memory", peaks, unit="GB")]
     return rows
 
 
-# --- decoding ---
+# --- data ---
+
+def our_loading(folder: Path) -> Work:
+    os.environ["XDG_CACHE_HOME"] = str(folder / "cache")
+    stages = in_stages(first=lambda _: load_split(folder, "train"), second=lambda _: load_split(folder, "train"))
+
+    def work() -> Numbers:
+        shutil.rmtree(folder / "cache", ignore_errors=True)
+        return stages()
+    return work
+
+
+def reference_loading(folder: Path) -> Work:
+    return in_stages(loading=lambda _: reference.Recordings(reference.load_recordings(folder), 102400))
+
+
+def labels(args: argparse.Namespace, data_of: Callable[[list[Recording], int, int], Any]) -> Work:
+    """Cut all segments of an hour, side by side, out of the data made from its recordings."""
+    recordings, n_frames = some_recordings(3600 // RECORDING_SECONDS), args.sequence_length // HOP_SIZE
+    places = [(number, start) for number, recording in enumerate(recordings) for start in range(0, recording.n_frames - n_frames + 1, n_frames)]
+
+    def work() -> Numbers:
+        data = data_of(recordings, args.sequence_length, 0)
+        for place in places:
+            data.cut(*place)
+        return {}
+    return work
+
+
+def drawing(args: argparse.Namespace, folder: Path, hours: float) -> Work:
+    """Batches, a training step and the process's memory with so many hours of data."""
+    recordings = mapped_recordings(folder, hours)
+    step = our_training(args, lambda: recordings)
+    batches = train.batches(Segments(recordings, args.sequence_length, 1), args.batch_size, 1, 10000, 0, pick_device(args.device))
+
+    def work() -> Numbers:
+        start = time.perf_counter()
+        for _ in range(DRAWN):
+            next(batches)
+        drawn = (time.perf_counter() - start) / DRAWN
+        return {"drawn": drawn, "step": sum(step().values()), "peak": peak_gb(resource.getrusage(resource.RUSAGE_SELF))}
+    return work
+
+
+def bench_data(args: argparse.Namespace) -> list[Row]:
+    count, seconds = LOADED
+    small, big = DATA_HOURS
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        for number in range(count):
+            write_recording(folder / f"{number}.flac", seconds)
+            write_midi(folder / f"{number}.midi", some_notes(seconds, number))
+        write_json(folder / "data.json", [dict.fromkeys(COLUMNS, "") | {
+            "split": "train", "duration": seconds, "midi_filename": f"{n}.midi", "audio_filename": f"{n}.flac"} for n in range(count)])
+        loading = take_turns(args.rounds, {"reference": partial(reference_loading, folder), "ours": partial(our_loading, folder)})
+        cutting = take_turns(args.rounds, {"reference": partial(labels, args, reference.Recordings), "ours": partial(labels, args, Segments)})
+        long = take_turns(args.rounds, {f"{hours} h": partial(drawing, args, folder, hours) for hours in DATA_HOURS})
+    base, ours = long[f"{small} h"], long[f"{big} h"]
+    rows = [Row(f"loading {count} x {seconds} s, {time} time", loading["ours"][time], loading["reference"]["loading"]) for time in ("first", "second")]
+    rows.append(Row("segments and labels of an hour", cutting["ours"]["seconds"], cutting["reference"]["seconds"]))
+    for what, key, unit in (("a batch", "drawn", "s"), ("a training step", "step", "s"), ("- peak memory", "peak", "GB")):
+        rows.append(Row(f"{what} with {big} h of data", ours[key], base[key], f"with {small} h", unit))
+    return rows
+
+
+# --- decoding, start-up, several processes, accuracy ---
 
 @cache
-def an_hour_of_probabilities(seconds: float = 3600) -> tuple[np.ndarray, np.ndarray]:
-    """Onset and frame probabilities (T, 88) float32: differences of random walks, high as often as in music."""
-    random, n_frames = np.random.default_rng(0), round(seconds * SAMPLE_RATE / HOP_SIZE)
+def probabilities(minutes: float) -> tuple[np.ndarray, np.ndarray]:
+    """Onset and frame probabilities (T, 88) float32: on each key a random walk less a late copy of it, high as often as in music."""
+    random, n_frames = np.random.default_rng(0), round(60 * minutes * SAMPLE_RATE / HOP_SIZE)
     rolls = []
     for width, rate in ((2, ONSET_RATE), (30, FRAME_RATE)):
         walk = random.standard_normal((n_frames + width, 88)).cumsum(axis=0)
         level = walk[width:] - walk[:-width]
         rolls.append((1 / (1 + np.exp(np.quantile(level[:10000], 1 - rate) - level))).astype(np.float32))
-    return tuple(rolls)
+    return rolls[0], rolls[1]
 
 
-def decoding(args: argparse.Namespace, decode: Callable[..., Notes]) -> Work:
-    onset, frame = an_hour_of_probabilities(60 * args.decode_minutes)
-    return lambda: {"notes": len(decode(onset, frame))}
+def decoding(minutes: float, decode: Callable[..., Notes]) -> Work:
+    rolls = probabilities(minutes)
+    return in_stages(decoding=lambda _: decode(*rolls))
 
 
 def bench_decode(args: argparse.Namespace) -> list[Row]:
-    found = take_turns({"reference": partial(decoding, args, reference.extract_notes), "ours": partial(decoding, args, extract_notes)},
-                       args.rounds)
-    return [Row(f"decoding {args.decode_minutes:g} min", found["ours"]["seconds"], found["reference"]["seconds"],
-                note=f"{found['ours']['notes'][0]} notes")]
+    found = take_turns(args.rounds, {"reference": partial(decoding, DECODED, reference.extract_notes), "ours": partial(decoding, DECODED, extract_notes)})
+    return [Row(f"decoding {DECODED} min", found["ours"]["decoding"], found["reference"]["decoding"], note=f"{found['ours']['notes'][0]} notes")]
+
+
+def bench_startup(args: argparse.Namespace) -> list[Row]:
+    commands = [("-c", "import torch, torchaudio"), *((script, "--help") for script in SCRIPTS)]
+    base, *others = zip(*[[run_process(*command)[0] for command in commands] for _ in range(args.rounds + 1)][1:])
+    return [Row(f"{script} --help", list(ours), list(base), "import torch, torchaudio",
+                note=f"{statistics.median(ours) - statistics.median(base):+.2f} s") for script, ours in zip(SCRIPTS, others)]
+
+
+def share_of_training(args: argparse.Namespace) -> None:
+    """What torchrun starts for `bench_scaling`: one of the processes that train together; the first writes its seconds."""
+    alone = os.environ["WORLD_SIZE"] == "1"
+    if not alone:
+        dist.init_process_group("gloo")
+    step = our_training(args, partial(some_recordings, 1), (lambda net: net) if alone else nn.parallel.DistributedDataParallel)
+    seconds = [sum(step().values()) for _ in range(args.rounds + 1)][1:]
+    if os.environ["RANK"] == "0":
+        write_json(args.json, seconds)
+    if not alone:
+        dist.destroy_process_group()
+
+
+def bench_scaling(args: argparse.Namespace) -> list[Row]:
+    seconds = {1: [], 2: []}
+    with tempfile.TemporaryDirectory() as folder:
+        for count in [1, 2] * PROCESS_ROUNDS:
+            flags = {"rounds": args.rounds, "batch_size": args.batch_size, "sequence_length": args.sequence_length, "device": "cpu",
+                     "json": f"{folder}/seconds.json"}
+            run_process("-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={count}", __file__, "scaling",
+                        *(f"--{name}={value}" for name, value in flags.items()), OMP_NUM_THREADS="1")
+            seconds[count] += json.loads(Path(flags["json"]).read_text())
+    efficiency = statistics.median(seconds[1]) / statistics.median(seconds[2]) / 2
+    return [Row("training step, 2 processes of 1 thread", seconds[2], seconds[1], "1 process", note=f"efficiency {efficiency:.0%}")]
+
+
+def training_run(args: argparse.Namespace, folder: Path, fast: bool) -> Work:
+    """A run of train.py up to its last validation, as it is or in float32."""
+    flags = {name: getattr(args, name) for name in ("data", "iterations", "batch_size", "sequence_length", "device")}
+    flags |= {"validation_interval": args.iterations, "logdir": folder / str(fast), "cnn_unit": SIZES.cnn_unit, "fc_unit": SIZES.fc_unit}
+
+    def work() -> Numbers:
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(mock.patch.object(train, "test", lambda *_: None))  # the test split stays unseen
+            for module in () if fast else (train, model):
+                stack.enter_context(mock.patch.object(module, "autocast", lambda device: contextlib.nullcontext()))
+            if train.main([f"--{name}={value}" for name, value in flags.items()]):
+                raise OSError("train.py did not come to its end")
+        return {"f1": read_checkpoint(flags["logdir"] / f"model-{args.iterations}.pt")["best"]}
+    return work
+
+
+def bench_accuracy(args: argparse.Namespace) -> list[Row]:
+    with tempfile.TemporaryDirectory() as folder:
+        found = take_turns(1, {name: partial(training_run, args, Path(folder), name == "ours") for name in ("ours", "float32")}, unmeasured=0)
+    ours, base = found["ours"], found["float32"]
+    return [Row(f"{args.iterations} steps of {args.batch_size} x {args.sequence_length}", ours["seconds"], base["seconds"], "float32"),
+            Row("- validation note F1", ours["f1"], base["f1"], "float32", unit="")]
 
 
 # --- the command ---
 
+BENCHES = {"train": bench_train, "transcribe": bench_transcribe, "data": bench_data, "decode": bench_decode, "startup": bench_startup,
+           "scaling": bench_scaling, "accuracy": bench_accuracy}
+
+
 def machine() -> dict[str, Any]:
-    """What was measured on."""
+    """What is measured on."""
     cpu = platform.processor() or platform.machine()
     with contextlib.suppress(OSError, StopIteration):
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        cpu = next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
-    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
-    return {"cpu": cpu, "cores": os.cpu_count(), "threads": torch.get_num_threads(), "gpu": gpu, "python": platform.python_version(),
-            "torch": torch.__version__, "system": platform.platform(terse=True)}
-
-
-def spread(values: list[float] | None, unit: str) -> str:
-    if values is None:
-        return ""
-    low, middle, high = (f"{value:.3g}" if value < 1000 else f"{value:.0f}" for value in (min(values), statistics.median(values), max(values)))
-    return f"{middle} {unit} [{low} .. {high}]".replace("  ", " ")
-
-
-def ratio(row: Row) -> float | None:
-    """How many times faster ours is."""
-    if not row.base:
-        return None
-    ours, base = statistics.median(row.ours), statistics.median(row.base)
-    return base / ours if row.unit == "s" else ours / base
+        cpu = next(line.split(":")[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name"))
+    return {"cpu": cpu, "cores": os.cpu_count(), "threads": torch.get_num_threads(), "load before": round(os.getloadavg()[0], 1),
+            "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else "none", "python": platform.python_version(),
+            "torch": str(torch.__version__), "system": platform.platform(terse=True)}
 
 
 def format_table(rows: list[Row]) -> str:
-    lines = [("what", "ours", "", "against", "ratio", "")]
-    for row in rows:
-        value = ratio(row)
-        lines.append((row.what, spread(row.ours, row.unit), row.base_name if row.base else "", spread(row.base, row.unit),
-                      f"{value:.2f}" if value else "", row.note))
+    lines = [["what", "ours", "against", "", "ratio", ""], *(row.cells() for row in rows)]
     widths = [max(map(len, column)) for column in zip(*lines)]
     return "\n".join("  ".join(cell.ljust(width) for cell, width in zip(line, widths)).rstrip() for line in lines)
-
-
-BENCHES = {"train": bench_train, "transcribe": bench_transcribe, "decode": bench_decode}
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     add = parser.add_argument
-    add("which", nargs="?", choices=(*BENCHES, "all"), default="all", help="what to measure")
+    add("which", nargs="?", choices=(*BENCHES, "all"), default="all", help="what to measure; all is all but accuracy, which takes long")
     add("--rounds", type=int, default=7, help="how often each side works")
     add("--batch_size", type=int, default=16, help="segments in a training step")
     add("--sequence_length", type=int, default=102400, help="samples in a segment")
-    add("--cnn_unit", type=int, default=Sizes.cnn_unit, help="channels of the first convolutions")
-    add("--fc_unit", type=int, default=Sizes.fc_unit, help="features of a frame after the convolutions")
-    add("--minutes", type=float, default=3, help="length of the recording that both sides transcribe")
-    add("--lengths", type=float, nargs="+", default=[3, 60], help="minutes of the recordings that transcribe.py gets as a process")
-    add("--long", action="store_true", help="and one of 180 minutes")
-    add("--processes", type=int, default=3, help="how often each whole process runs")
-    add("--decode_minutes", type=float, default=60, help="length of the rolls to decode")
+    add("--minutes", type=float, default=3, help="transcribe: length of the recording that both sides transcribe")
+    add("--long", action="store_true", help="transcribe: a recording of three hours too")
+    add("--data", help="accuracy: data folder, see prepare.py")
+    add("--iterations", type=int, default=1000, help="accuracy: training steps")
     add("--device", default="auto", help="auto, cpu, cuda or mps")
     add("--json", type=Path, default=Path("bench.json"), help="where every number goes")
-    return parser.parse_args(argv)
+    args = parser.parse_args(argv)
+    if min(args.rounds, args.batch_size, args.minutes, args.iterations) <= 0 or args.sequence_length < HOP_SIZE:
+        parser.error("a number is too small")
+    if args.which == "accuracy" and not args.data:
+        parser.error("accuracy needs --data")
+    return args
 
 
 def main(argv: list[str] | None = None) -> int:
     args = parse_args(argv)
-    about, rows = machine(), []
-    arguments = {name: str(value) if isinstance(value, Path) else value for name, value in vars(args).items()}
-    for name in BENCHES if args.which == "all" else [args.which]:
-        print(f"{name} ...", file=sys.stderr, flush=True)
-        rows += BENCHES[name](args)
-        write_json(args.json, {"machine": about, "arguments": arguments, "rows": [{**asdict(row), "ratio": ratio(row)} for row in rows]})
-    print(", ".join(f"{name} {value}" for name, value in about.items() if value))
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        share_of_training(args)
+        return 0
+    report = {"machine": machine(), "arguments": {**vars(args), "json": str(args.json)}, "rows": []}
+    rows = []
+    try:
+        write_json(args.json, report)  # what cannot be written is known before the long work
+        for name in [name for name in BENCHES if name != "accuracy"] if args.which == "all" else [args.which]:
+            print(f"measuring: {name}", file=sys.stderr, flush=True)
+            rows += BENCHES[name](args)
+            write_json(args.json, report | {"rows": [asdict(row) | {"ratio": row.ratio()} for row in rows]})
+    except (OSError, ValueError) as error:
+        print(f"bench.py: {error}", file=sys.stderr)
+        return 1
+    print(", ".join(f"{name} {value}" for name, value in report["machine"].items()))
     print(format_table(rows))
     return 0
 

@@ -5,6 +5,9 @@ item; every parameter's gradient is clipped by itself; a recording goes through 
 followed through the rolls frame by frame. The model is that of `build_model("onf", recipe=RECIPES["course"])`, whose weights it loads.
 """
 
+import json
+from pathlib import Path
+
 import numpy as np
 import pretty_midi
 import soundfile
@@ -13,6 +16,7 @@ import torchaudio
 from torch import Tensor, nn
 
 from constants import F_MAX, F_MIN, HOP_SIZE, MAX_MIDI, MIN_MIDI, N_FFT, N_KEYS, N_MELS, SAMPLE_RATE
+from dataset import Recording
 from notes import Notes, frames_to_seconds, seconds_to_frames
 
 LEARNING_RATE = 6e-4
@@ -85,23 +89,34 @@ def whole_rolls(notes: Notes, n_frames: int) -> tuple[np.ndarray, np.ndarray]:
 class Recordings(torch.utils.data.Dataset):
     """One random segment of each recording, whose audio and rolls are all in memory."""
 
-    def __init__(self, items: list[tuple[np.ndarray, Notes]], sequence_length: int) -> None:
-        self.random, self.sequence_length = np.random.RandomState(0), sequence_length
-        self.items = [(torch.from_numpy(audio), *map(torch.from_numpy, whole_rolls(notes, len(audio) // HOP_SIZE)))
-                      for audio, notes in items]
+    def __init__(self, recordings: list[Recording], sequence_length: int, seed: int = 0) -> None:
+        self.random, self.n_frames = np.random.RandomState(seed), sequence_length // HOP_SIZE
+        self.items = [(torch.from_numpy(recording.audio), *map(torch.from_numpy, whole_rolls(recording.notes, recording.n_frames)))
+                      for recording in recordings]
 
     def __len__(self) -> int:
         return len(self.items)
 
     def __getitem__(self, index: int) -> dict[str, Tensor]:
-        n_frames = self.sequence_length // HOP_SIZE
-        return self.cut(index, self.random.randint(len(self.items[index][1]) - n_frames + 1), n_frames)
+        return self.cut(index, self.random.randint(len(self.items[index][1]) - self.n_frames + 1))
 
-    def cut(self, index: int, start: int, n_frames: int) -> dict[str, Tensor]:
+    def cut(self, index: int, start: int) -> dict[str, Tensor]:
+        """The segment of that recording that begins with that frame."""
         audio, onset, frame = self.items[index]
-        onset, frame = onset >= 1, frame >= 1
-        return {"audio": audio[start * HOP_SIZE : (start + n_frames) * HOP_SIZE].float() / 32768,
-                "onset": onset[start : start + n_frames].float(), "frame": frame[start : start + n_frames].float()}
+        onset, frame, stop = onset >= 1, frame >= 1, start + self.n_frames
+        return {"audio": audio[start * HOP_SIZE : stop * HOP_SIZE].float() / 32768,
+                "onset": onset[start:stop].float(), "frame": frame[start:stop].float()}
+
+
+def load_recordings(folder: Path) -> list[Recording]:
+    """The recordings of a data folder of 16 kHz mono files without pedal, decoded and parsed every time."""
+    recordings = []
+    for row in json.loads((folder / "data.json").read_text()):
+        audio, _ = soundfile.read(folder / row["audio_filename"], dtype="int16")
+        notes = pretty_midi.PrettyMIDI(str(folder / row["midi_filename"])).instruments[0].notes
+        recordings.append(Recording(row["audio_filename"], audio, Notes(
+            [(note.start, note.end) for note in notes], [note.pitch for note in notes], [note.velocity for note in notes])))
+    return recordings
 
 
 def training_step(model: nn.Module, optimizer: torch.optim.Optimizer, batch: dict[str, Tensor]) -> float:
@@ -117,7 +132,7 @@ def training_step(model: nn.Module, optimizer: torch.optim.Optimizer, batch: dic
     return loss.item()
 
 
-def read_audio(path: str) -> np.ndarray:
+def read_audio(path: Path) -> np.ndarray:
     """(S,) float32 of a 16 kHz mono file."""
     return soundfile.read(path, dtype="float32")[0]
 
@@ -137,10 +152,10 @@ def extract_notes(onset: np.ndarray, frame: np.ndarray, threshold: float = 0.5) 
     return Notes(intervals, pitches, [80] * len(pitches))
 
 
-def write_midi(path: str, notes: Notes) -> None:
+def write_midi(path: Path, notes: Notes) -> None:
     midi = pretty_midi.PrettyMIDI()
     piano = pretty_midi.Instrument(program=0)
     for (onset, offset), pitch, velocity in zip(notes.intervals, notes.pitches, notes.velocities):
         piano.notes.append(pretty_midi.Note(int(velocity), int(pitch), float(onset), float(offset)))
     midi.instruments.append(piano)
-    midi.write(path)
+    midi.write(str(path))
