@@ -1,7 +1,7 @@
 """How fast training, transcription and the rest are, beside a plain reference of the same model: `python tests/bench.py train`.
 
 The reference (`reference.py`) is Onsets and Frames as a course would write it. Ours is what `train.py` and `transcribe.py` run by
-default, a model with some layers more. Each side has a process of its own and they take turns, so that whatever else the
+default: a model with some layers more, and augmented audio. Each side has a process of its own and they take turns, so that whatever else the
 machine does falls on both; a first round is not counted. The table shows medians, and smallest and largest in brackets; the
 JSON file has every number. OMP_NUM_THREADS in the environment sets the threads of all. For Linux and macOS.
 """
@@ -21,7 +21,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, astuple, dataclass
 from functools import cache, partial
@@ -197,25 +197,43 @@ def finish(device: torch.device) -> None:
         torch.cuda.synchronize()
 
 
-def our_training(args: argparse.Namespace, make_recordings: Callable[[], list[Recording]], parallel: Callable = lambda net: net) -> Work:
-    """A training step as train.py does it: all that this file knows of train.py's loop."""
+def training(batches: Iterator[dict[str, Tensor]], learn: Callable[[dict[str, Tensor]], Any], device: torch.device) -> Work:
+    """The mean training step, and how much of it is cutting the batch."""
+    steps = 1 if device.type == "cpu" else 10  # train.py too waits for a GPU every ten steps only
+
+    def work() -> Numbers:
+        start, cutting = time.perf_counter(), 0.0
+        for _ in range(steps):
+            before = time.perf_counter()
+            batch = next(batches)
+            cutting += time.perf_counter() - before
+            learn(batch)
+        finish(device)
+        return {"seconds": (time.perf_counter() - start) / steps, "batch": cutting / steps}
+    return work
+
+
+def our_training(args: argparse.Namespace, make_recordings: Callable[[], list[Recording]], recipe_name: str = "default",
+                 parallel: Callable = lambda net: net) -> Work:
+    """Training as train.py does it: all that this file knows of its loop."""
     train.keep_pages()
     torch.manual_seed(0)
-    device, recipe = pick_device(args.device), model.RECIPES["default"]
+    device, recipe = pick_device(args.device), model.RECIPES[recipe_name]
     net = build_model("onf", SIZES, recipe).to(device).train()
     optimizer = torch.optim.Adam(net.parameters(), recipe.learning_rate, fused=device.type in ("cpu", "cuda"))
-    segments = Segments(make_recordings(), args.sequence_length, 0, recipe.gain_db)
-    batches, wrapped = train.batches(segments, args.batch_size, 1, 10000, 0, device), parallel(net)
+    segments = Segments(make_recordings(), args.sequence_length, 0, recipe.gain_db, recipe.detune)
+    wrapped = parallel(net)
 
     def learn(batch: dict[str, Tensor]) -> None:
+        batch["audio"] = train.augment(batch["audio"], recipe.equaliser_db, recipe.room, recipe.noise)
         loss = sum(train.losses_of(wrapped, batch, device).values())
-        train.any_rank(not math.isfinite(loss.item()), False)
         optimizer.zero_grad()
         loss.backward()
         train.clip_gradients(net, recipe)
         optimizer.step()
-        finish(device)
-    return in_stages(batch=lambda _: next(batches), learning=learn)
+        if device.type == "cpu":
+            train.any_rank(not math.isfinite(loss.item()))
+    return training(train.batches(segments, args.batch_size, 1, 10000, 0, device), learn, device)
 
 
 def reference_training(args: argparse.Namespace, make_recordings: Callable[[], list[Recording]]) -> Work:
@@ -224,12 +242,10 @@ def reference_training(args: argparse.Namespace, make_recordings: Callable[[], l
     net = reference.OnsetsAndFrames(*astuple(SIZES)).to(device).train()
     optimizer = torch.optim.Adam(net.parameters(), reference.LEARNING_RATE)
     loader = torch.utils.data.DataLoader(reference.Recordings(make_recordings(), args.sequence_length), args.batch_size, shuffle=True)
-    batches = (batch for _ in range(10000) for batch in loader)
 
     def learn(batch: dict[str, Tensor]) -> None:
         reference.training_step(net, optimizer, {name: value.to(device) for name, value in batch.items()})
-        finish(device)
-    return in_stages(batch=lambda _: next(batches), learning=learn)
+    return training((batch for _ in range(10000) for batch in loader), learn, device)
 
 
 def machine_rates(args: argparse.Namespace) -> Work:
@@ -279,13 +295,15 @@ def forward_flops(net: nn.Module, n_frames: int = 8) -> float:
 
 
 def kernel_share(args: argparse.Namespace, make_recordings: Callable[[], list[Recording]]) -> Work:
-    """On CUDA: how much of our training step convolution and matrix product kernels take."""
-    step = our_training(args, make_recordings)
+    """On CUDA: how much of the time of our training steps convolution and matrix product kernels take."""
+    steps = our_training(args, make_recordings)
     kernels = re.compile("conv(?!ert)|gemm|cutlass|xmma|nvjet|wgrad|dgrad|fprop", re.IGNORECASE)
 
     def work() -> Numbers:
         with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
-            seconds = sum(sum(step().values()) for _ in range(5))
+            start = time.perf_counter()
+            steps()
+            seconds = time.perf_counter() - start
         return {"share": sum(event.self_device_time_total for event in profile.key_averages() if kernels.search(event.key)) / 1e6 / seconds}
     return work
 
@@ -293,7 +311,7 @@ def kernel_share(args: argparse.Namespace, make_recordings: Callable[[], list[Re
 def bench_train(args: argparse.Namespace) -> list[Row]:
     recordings = partial(some_recordings, args.batch_size)  # the reference takes one segment of each
     makers = {"reference": partial(reference_training, args, recordings), "ours": partial(our_training, args, recordings),
-              "machine": partial(machine_rates, args)}
+              "course": partial(our_training, args, recordings, "course"), "machine": partial(machine_rates, args)}
     if pick_device(args.device).type == "cuda":
         makers["cuda"] = partial(kernel_share, args, recordings)
     found = take_turns(args.rounds, makers)
@@ -303,6 +321,7 @@ def bench_train(args: argparse.Namespace) -> list[Row]:
     bound = gflop / max(statistics.median(rates[name]) for name in rates if name.startswith("convolution"))
     rows = [Row(f"training step, {args.batch_size} x {args.sequence_length}", ours["seconds"], base["seconds"]),
             Row("- of it cutting the batch", ours["batch"], base["batch"]),
+            Row("- with the recipe 'course'", found["course"]["seconds"], base["seconds"]),
             Row("- arithmetic", *([gflop / s for s in side["seconds"]] for side in (ours, base)), unit="GFLOP/s",
                 note=f"{gflop:.3g} GFLOP take {bound:.3g} s at the convolution's rate, {bound / statistics.median(ours['seconds']):.0%} of ours"),
             *(Row(f"- this machine's {name}", rates[name], unit="GFLOP/s") for name in rates if name != "seconds")]
@@ -404,7 +423,7 @@ def drawing(args: argparse.Namespace, folder: Path, hours: float) -> Work:
         for _ in range(DRAWN):
             next(batches)
         drawn = (time.perf_counter() - start) / DRAWN
-        return {"drawn": drawn, "step": sum(step().values()), "peak": peak_gb(resource.getrusage(resource.RUSAGE_SELF))}
+        return {"drawn": drawn, "step": step()["seconds"], "peak": peak_gb(resource.getrusage(resource.RUSAGE_SELF))}
     return work
 
 
@@ -465,8 +484,8 @@ def share_of_training(args: argparse.Namespace) -> None:
     alone = os.environ["WORLD_SIZE"] == "1"
     if not alone:
         dist.init_process_group("gloo")
-    step = our_training(args, partial(some_recordings, 1), (lambda net: net) if alone else nn.parallel.DistributedDataParallel)
-    seconds = [sum(step().values()) for _ in range(args.rounds + 1)][1:]
+    step = our_training(args, partial(some_recordings, 1), parallel=(lambda net: net) if alone else nn.parallel.DistributedDataParallel)
+    seconds = [step()["seconds"] for _ in range(args.rounds + 1)][1:]
     if os.environ["RANK"] == "0":
         write_json(args.json, seconds)
     if not alone:

@@ -13,7 +13,6 @@ from conftest import random_notes
 from dataset import Recording, Segments, audio_to_int16
 from evaluate import extract_notes
 from model import RECIPES, Sizes, build_model
-from notes import notes_to_rolls
 
 
 class SameProcess:
