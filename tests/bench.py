@@ -1,193 +1,59 @@
 """How fast training, transcription and the rest are, beside a plain reference of the same model: `python tests/bench.py train`.
 
 The reference (`reference.py`) is Onsets and Frames as a course would write it. Ours is what `train.py` and `transcribe.py` run by
-default: a model with some layers more, and augmented audio. Each side has a process of its own and they take turns, so that whatever else the
-machine does falls on both; a first round is not counted. The table shows medians, and smallest and largest in brackets; the
-JSON file has every number. OMP_NUM_THREADS in the environment sets the threads of all. For Linux and macOS.
+default: a model with some layers more, and augmented audio. Each side has a process of its own and they take turns, so that
+whatever else the machine does falls on both; a first round is not counted. The table shows medians, and smallest and largest in
+brackets; the JSON file has every number. OMP_NUM_THREADS in the environment sets the threads of all. For Linux and macOS.
 """
 
 import argparse
 import contextlib
 import json
 import math
-import multiprocessing
 import os
-import platform
 import re
 import resource
 import shutil
-import statistics
-import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from concurrent.futures import ProcessPoolExecutor
-from dataclasses import asdict, astuple, dataclass
-from functools import cache, partial
+from dataclasses import asdict, astuple
+from functools import partial
 from pathlib import Path
+from statistics import median
 from typing import Any
 from unittest import mock
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-import numpy as np  # noqa: E402  # after the path
-import reference  # noqa: E402
+import reference  # noqa: E402  # after the path
 import torch  # noqa: E402
 import torch.distributed as dist  # noqa: E402
+from made_up import listen_for_music, mapped_recordings, probabilities, some_notes, some_recordings, write_recording  # noqa: E402
+from measure import Numbers, Row, Work, format_table, in_stages, machine, peak_gb, run_process, take_turns  # noqa: E402
 from torch import Tensor, nn  # noqa: E402
 
 import model  # noqa: E402
 import train  # noqa: E402
-from audio import load_audio, save_audio  # noqa: E402
-from constants import HOP_SIZE, N_MELS, SAMPLE_RATE  # noqa: E402
-from dataset import COLUMNS, Recording, Segments, audio_to_int16, load_split  # noqa: E402
+from audio import load_audio  # noqa: E402
+from constants import HOP_SIZE, N_MELS  # noqa: E402
+from dataset import COLUMNS, Recording, Segments, load_split  # noqa: E402
 from evaluate import estimated_notes, extract_notes  # noqa: E402
 from files import write_json  # noqa: E402
-from model import FRAME_RATE, ONSET_RATE, Sizes, build_model, load_checkpoint, pick_device, read_checkpoint, save_checkpoint  # noqa: E402
-from notes import Notes, write_midi  # noqa: E402
+from model import Sizes, build_model, load_checkpoint, pick_device, read_checkpoint, save_checkpoint  # noqa: E402
+from notes import Notes, notes_to_rolls, write_midi  # noqa: E402
 
 SIZES = Sizes()
-NOTES_PER_HOUR = 35000  # MAESTRO v2: 7.13 M notes in 201.2 h
 RECORDING_SECONDS = 600  # what MAESTRO's recordings last on average
-DATA_HOURS = (1, 200)   # the small and the big training set; MAESTRO has 200 h
-DRAWN = 20              # batches drawn from these in a round
-LOADED = (100, 30)      # how many recordings are loaded, and their seconds
-LENGTHS = [3, 60]       # minutes of the recordings that transcribe.py gets
-DECODED = 60            # minutes of the rolls that are decoded
-PROCESS_ROUNDS = 3      # how often whole processes of transcribe.py and torchrun run
-TONES_SECONDS = 20      # after which the made-up sound repeats
-RATE_SECONDS = 0.3      # how long a product is repeated to see the machine's rate
+DATA_HOURS = (1, 200)    # the small and the big training set; MAESTRO has 200 h
+DRAWN = 20               # batches drawn from these in a round
+LOADED = (100, 30)       # how many recordings are loaded, and their seconds
+LENGTHS = [3, 60]        # minutes of the recordings that transcribe.py gets
+DECODED = 60             # minutes of the rolls that are decoded
+PROCESS_ROUNDS = 3       # how often whole processes of transcribe.py and torchrun run
+RATE_SECONDS = 0.3       # how long a product is repeated to see the machine's rate
 SCRIPTS = ("train.py", "evaluate.py", "transcribe.py", "prepare.py")
-
-Numbers = dict[str, float]
-Work = Callable[[], Numbers]  # something to measure; gives what it measured itself
-works: dict[str, Work] = {}   # what a worker process has made
-
-
-@dataclass
-class Row:
-    """A line of the table: what was measured of ours and, where there is one, of what it is compared with."""
-
-    what: str
-    ours: list[float]
-    base: list[float] | None = None
-    against: str = "reference"
-    unit: str = "s"
-    note: str = ""
-
-    def ratio(self) -> float | None:
-        """How many times faster or smaller ours is."""
-        return statistics.median(self.base) / statistics.median(self.ours) if self.base and self.unit in ("s", "GB") else None
-
-    def cells(self) -> list[str]:
-        def spread(values: list[float]) -> str:
-            low, middle, high = (f"{x:.0f}" if x >= 1000 else f"{x:.3g}" for x in (min(values), statistics.median(values), max(values)))
-            return f"{middle} {self.unit} [{low}..{high}]"
-        compared = [self.against, spread(self.base)] if self.base else ["", ""]
-        return [self.what, spread(self.ours), *compared, f"{ratio:.3g}" if (ratio := self.ratio()) else "", self.note]
-
-
-# --- taking turns ---
-
-def work_once(name: str, make: Callable[[], Work]) -> Numbers:
-    """In a worker process: what it measures and its seconds. Its work is made at the first time."""
-    work = works.get(name) or works.setdefault(name, make())
-    start = time.perf_counter()
-    numbers = work()
-    return {"seconds": time.perf_counter() - start, **numbers}
-
-
-def take_turns(rounds: int, makers: dict[str, Callable[[], Work]], unmeasured: int = 1) -> dict[str, dict[str, list[float]]]:
-    """What each side's work measured in each round, by its name; one side works while the others wait."""
-    spawn = multiprocessing.get_context("spawn")  # a fork would inherit our heap, and ours tunes its allocator
-    with contextlib.ExitStack() as stack:
-        pools = {name: stack.enter_context(ProcessPoolExecutor(1, spawn)) for name in makers}
-        answers = [{name: pools[name].submit(work_once, name, make).result() for name, make in makers.items()}
-                   for _ in range(rounds + unmeasured)][unmeasured:]
-    return {name: {key: [answer[name][key] for answer in answers] for key in answers[0][name]} for name in makers}
-
-
-def in_stages(**stages: Callable[[Any], Any]) -> Work:
-    """Work in stages, each timed, that hand on what they make; where the last makes notes, their number too."""
-    def work() -> Numbers:
-        made, numbers = None, {}
-        for name, stage in stages.items():
-            start = time.perf_counter()
-            made = stage(made)
-            numbers[name] = time.perf_counter() - start
-        return {**numbers, "notes": len(made)} if isinstance(made, Notes) else numbers
-    return work
-
-
-def run_process(*command: str, **environment: str) -> tuple[float, float]:
-    """Wall seconds and peak resident GB of a Python process. The system counts from our own size on, so that stays small."""
-    start = time.perf_counter()
-    process = subprocess.Popen([sys.executable, *command], cwd=ROOT, env={**os.environ, **environment}, stdout=subprocess.DEVNULL,
-                               stderr=subprocess.PIPE)
-    error = process.stderr.read()
-    _, status, usage = os.wait4(process.pid, 0)
-    process.returncode = os.waitstatus_to_exitcode(status)
-    if process.returncode:
-        raise OSError(f"{' '.join(command)} ended with {process.returncode}: {error.decode(errors='replace')}")
-    return time.perf_counter() - start, peak_gb(usage)
-
-
-def peak_gb(usage: resource.struct_rusage) -> float:
-    return usage.ru_maxrss * (1 if platform.system() == "Darwin" else 1024) / 1e9  # in bytes there, in KiB here
-
-
-# --- made-up music ---
-
-@cache
-def tones() -> np.ndarray:
-    """(S,) float32: decaying tones on random keys, four a second."""
-    random, seconds = np.random.default_rng(0), np.arange(TONES_SECONDS * SAMPLE_RATE) / SAMPLE_RATE
-    audio = np.zeros(len(seconds), dtype=np.float32)
-    for onset in np.arange(0, TONES_SECONDS, 0.25):
-        since = seconds[seconds >= onset] - onset
-        hertz = 27.5 * 2 ** (random.integers(20, 70) / 12)
-        audio[len(audio) - len(since) :] += (0.1 * np.exp(-3 * since) * np.sin(2 * np.pi * hertz * since)).astype(np.float32)
-    return np.clip(audio, -1, 1)
-
-
-def write_recording(path: Path, seconds: float) -> None:
-    save_audio(path, (tones()[: round((seconds - start) * SAMPLE_RATE)] for start in range(0, math.ceil(seconds), TONES_SECONDS)))
-
-
-def some_notes(seconds: float, seed: int) -> Notes:
-    """As many notes as there are in music, on random keys."""
-    random, count = np.random.default_rng(seed), math.ceil(NOTES_PER_HOUR * seconds / 3600)
-    onsets = random.uniform(0, seconds - 1, count)
-    intervals = np.stack([onsets, onsets + random.exponential(0.4, count).clip(0.05, 1)], axis=1)
-    return Notes(intervals, random.normal(64, 12, count).round().clip(21, 108), np.full(count, 80))
-
-
-def some_recordings(count: int) -> list[Recording]:
-    audio = np.resize(audio_to_int16(tones()), RECORDING_SECONDS * SAMPLE_RATE)
-    return [Recording(str(seed), audio.copy(), some_notes(RECORDING_SECONDS, seed)) for seed in range(count)]
-
-
-def mapped_recordings(folder: Path, hours: float) -> list[Recording]:
-    """Recordings mapped like those in the cache. Their files are holes of silence: they take no room, and no time of the disk's."""
-    recordings = []
-    for seed in range(round(hours * 3600 / RECORDING_SECONDS)):
-        with open(folder / f"{hours}h-{seed}", "wb") as file:
-            file.truncate(2 * RECORDING_SECONDS * SAMPLE_RATE)
-        recordings.append(Recording(str(seed), np.memmap(file.name, np.int16, "r"), some_notes(RECORDING_SECONDS, seed)))
-    return recordings
-
-
-@torch.no_grad()
-def listen_for_music(net: nn.Module, logits_of: Callable[[Tensor], tuple[Tensor, Tensor]]) -> None:
-    """Spread and shift an untrained model's outputs until it hears about as much as there is in music: decoding needs its work."""
-    for number, head, rate in ((1, "onset", ONSET_RATE), (0, "combined", FRAME_RATE)):  # frames after the onsets they hear of
-        logit = logits_of(torch.from_numpy(tones()))[number].float().cpu()              # (T, K)
-        spread, layer, path = 3 / logit.std(dim=0), getattr(net, f"{head}_fc"), getattr(net, f"{head}_path", None)
-        for linear in (layer, path) if path else (layer,):
-            linear.weight *= spread[:, None].to(linear.weight.device)
-        layer.bias.copy_((layer.bias.cpu() - logit.quantile(1 - rate, dim=0)) * spread)
 
 
 # --- training ---
@@ -309,7 +175,7 @@ def kernel_share(args: argparse.Namespace, make_recordings: Callable[[], list[Re
 
 
 def bench_train(args: argparse.Namespace) -> list[Row]:
-    recordings = partial(some_recordings, args.batch_size)  # the reference takes one segment of each
+    recordings = partial(some_recordings, args.batch_size, RECORDING_SECONDS)  # the reference takes one segment of each
     makers = {"reference": partial(reference_training, args, recordings), "ours": partial(our_training, args, recordings),
               "course": partial(our_training, args, recordings, "course"), "machine": partial(machine_rates, args)}
     if pick_device(args.device).type == "cuda":
@@ -318,12 +184,12 @@ def bench_train(args: argparse.Namespace) -> list[Row]:
     base, ours, rates = found["reference"], found["ours"], found["machine"]
     # backwards each layer is multiplied twice more: for its input and for its weights
     gflop = 3 * forward_flops(reference.OnsetsAndFrames(*astuple(SIZES))) * args.batch_size * args.sequence_length / HOP_SIZE / 1e9
-    bound = gflop / max(statistics.median(rates[name]) for name in rates if name.startswith("convolution"))
+    bound = gflop / max(median(rates[name]) for name in rates if name.startswith("convolution"))
     rows = [Row(f"training step, {args.batch_size} x {args.sequence_length}", ours["seconds"], base["seconds"]),
             Row("- of it cutting the batch", ours["batch"], base["batch"]),
             Row("- with the recipe 'course'", found["course"]["seconds"], base["seconds"]),
             Row("- arithmetic", *([gflop / s for s in side["seconds"]] for side in (ours, base)), unit="GFLOP/s",
-                note=f"{gflop:.3g} GFLOP take {bound:.3g} s at the convolution's rate, {bound / statistics.median(ours['seconds']):.0%} of ours"),
+                note=f"{gflop:.3g} GFLOP take {bound:.3g} s at the convolution's rate, {bound / median(ours['seconds']):.0%} of ours"),
             *(Row(f"- this machine's {name}", rates[name], unit="GFLOP/s") for name in rates if name != "seconds")]
     return rows + ([Row("- share in convolution and matmul kernels", found["cuda"]["share"], unit="")] if "cuda" in found else [])
 
@@ -372,7 +238,7 @@ def bench_transcribe(args: argparse.Namespace) -> list[Row]:
     base, ours = found["reference"], found["ours"]
 
     def speed(minutes: float, seconds: list[float]) -> str:
-        return f"{60 * minutes / statistics.median(seconds):.3g} x real time"
+        return f"{60 * minutes / median(seconds):.3g} x real time"
 
     rows = [Row(f"transcription, {args.minutes:g} min", ours["seconds"], base["seconds"], note=speed(args.minutes, ours["seconds"])),
             *(Row(f"- {part}", ours[part], base[part]) for part in ("reading", "inference", "decoding", "writing"))]
@@ -399,23 +265,41 @@ def reference_loading(folder: Path) -> Work:
     return in_stages(loading=lambda _: reference.Recordings(reference.load_recordings(folder), 102400))
 
 
-def labels(args: argparse.Namespace, data_of: Callable[[list[Recording], int, int], Any]) -> Work:
-    """Cut all segments of an hour, side by side, out of the data made from its recordings."""
-    recordings, n_frames = some_recordings(3600 // RECORDING_SECONDS), args.sequence_length // HOP_SIZE
-    places = [(number, start) for number, recording in enumerate(recordings) for start in range(0, recording.n_frames - n_frames + 1, n_frames)]
+def an_hour(args: argparse.Namespace) -> tuple[list[Recording], list[tuple[int, int]]]:
+    """Recordings, and where all their segments begin, side by side."""
+    recordings, n_frames = some_recordings(3600 // RECORDING_SECONDS, RECORDING_SECONDS), args.sequence_length // HOP_SIZE
+    return recordings, [(number, start) for number, recording in enumerate(recordings)
+                        for start in range(0, recording.n_frames - n_frames + 1, n_frames)]
 
-    def work() -> Numbers:
-        data = data_of(recordings, args.sequence_length, 0)
+
+def our_labels(args: argparse.Namespace) -> Work:
+    recordings, places = an_hour(args)
+    segments = Segments(recordings, args.sequence_length, 0)
+
+    def labels(_: Any) -> None:
+        for number, start in places:
+            notes_to_rolls(recordings[number].notes, segments.n_frames, start)
+
+    def cut(_: Any) -> None:
         for place in places:
-            data.cut(*place)
-        return {}
-    return work
+            segments.cut(*place)
+    return in_stages(labels=labels, segments=cut)
+
+
+def reference_labels(args: argparse.Namespace) -> Work:
+    recordings, places = an_hour(args)
+
+    def cut(name: str) -> None:  # with the rolls of the whole recordings, which have to be made first
+        data = reference.Recordings(recordings, args.sequence_length)
+        for place in places:
+            getattr(data, name)(*place)
+    return in_stages(labels=lambda _: cut("labels"), segments=lambda _: cut("cut"))
 
 
 def drawing(args: argparse.Namespace, folder: Path, hours: float) -> Work:
-    """Batches, a training step and the process's memory with so many hours of data."""
-    recordings = mapped_recordings(folder, hours)
-    step = our_training(args, lambda: recordings)
+    """Batches, training steps and the process's memory with so many hours of data."""
+    recordings = mapped_recordings(folder, round(hours * 3600 / RECORDING_SECONDS), RECORDING_SECONDS)
+    steps = our_training(args, lambda: recordings)
     batches = train.batches(Segments(recordings, args.sequence_length, 1), args.batch_size, 1, 10000, 0, pick_device(args.device))
 
     def work() -> Numbers:
@@ -423,7 +307,7 @@ def drawing(args: argparse.Namespace, folder: Path, hours: float) -> Work:
         for _ in range(DRAWN):
             next(batches)
         drawn = (time.perf_counter() - start) / DRAWN
-        return {"drawn": drawn, "step": step()["seconds"], "peak": peak_gb(resource.getrusage(resource.RUSAGE_SELF))}
+        return {"drawn": drawn, "step": steps()["seconds"], "peak": peak_gb(resource.getrusage(resource.RUSAGE_SELF))}
     return work
 
 
@@ -438,29 +322,18 @@ def bench_data(args: argparse.Namespace) -> list[Row]:
         write_json(folder / "data.json", [dict.fromkeys(COLUMNS, "") | {
             "split": "train", "duration": seconds, "midi_filename": f"{n}.midi", "audio_filename": f"{n}.flac"} for n in range(count)])
         loading = take_turns(args.rounds, {"reference": partial(reference_loading, folder), "ours": partial(our_loading, folder)})
-        cutting = take_turns(args.rounds, {"reference": partial(labels, args, reference.Recordings), "ours": partial(labels, args, Segments)})
+        cutting = take_turns(args.rounds, {"reference": partial(reference_labels, args), "ours": partial(our_labels, args)})
         long = take_turns(args.rounds, {f"{hours} h": partial(drawing, args, folder, hours) for hours in DATA_HOURS})
     base, ours = long[f"{small} h"], long[f"{big} h"]
     rows = [Row(f"loading {count} x {seconds} s, {time} time", loading["ours"][time], loading["reference"]["loading"]) for time in ("first", "second")]
-    rows.append(Row("segments and labels of an hour", cutting["ours"]["seconds"], cutting["reference"]["seconds"]))
+    rows += [Row(f"{part} of an hour", cutting["ours"][part], cutting["reference"][part]) for part in ("labels", "segments")]
+    rows[-1].note = "audio and labels"
     for what, key, unit in (("a batch", "drawn", "s"), ("a training step", "step", "s"), ("- peak memory", "peak", "GB")):
         rows.append(Row(f"{what} with {big} h of data", ours[key], base[key], f"with {small} h", unit))
     return rows
 
 
 # --- decoding, start-up, several processes, accuracy ---
-
-@cache
-def probabilities(minutes: float) -> tuple[np.ndarray, np.ndarray]:
-    """Onset and frame probabilities (T, 88) float32: on each key a random walk less a late copy of it, high as often as in music."""
-    random, n_frames = np.random.default_rng(0), round(60 * minutes * SAMPLE_RATE / HOP_SIZE)
-    rolls = []
-    for width, rate in ((2, ONSET_RATE), (30, FRAME_RATE)):
-        walk = random.standard_normal((n_frames + width, 88)).cumsum(axis=0)
-        level = walk[width:] - walk[:-width]
-        rolls.append((1 / (1 + np.exp(np.quantile(level[:10000], 1 - rate) - level))).astype(np.float32))
-    return rolls[0], rolls[1]
-
 
 def decoding(minutes: float, decode: Callable[..., Notes]) -> Work:
     rolls = probabilities(minutes)
@@ -476,7 +349,7 @@ def bench_startup(args: argparse.Namespace) -> list[Row]:
     commands = [("-c", "import torch, torchaudio"), *((script, "--help") for script in SCRIPTS)]
     base, *others = zip(*[[run_process(*command)[0] for command in commands] for _ in range(args.rounds + 1)][1:])
     return [Row(f"{script} --help", list(ours), list(base), "import torch, torchaudio",
-                note=f"{statistics.median(ours) - statistics.median(base):+.2f} s") for script, ours in zip(SCRIPTS, others)]
+                note=f"{median(ours) - median(base):+.2f} s") for script, ours in zip(SCRIPTS, others)]
 
 
 def share_of_training(args: argparse.Namespace) -> None:
@@ -484,7 +357,7 @@ def share_of_training(args: argparse.Namespace) -> None:
     alone = os.environ["WORLD_SIZE"] == "1"
     if not alone:
         dist.init_process_group("gloo")
-    step = our_training(args, partial(some_recordings, 1), parallel=(lambda net: net) if alone else nn.parallel.DistributedDataParallel)
+    step = our_training(args, partial(some_recordings, 1, RECORDING_SECONDS), parallel=(lambda net: net) if alone else nn.parallel.DistributedDataParallel)
     seconds = [step()["seconds"] for _ in range(args.rounds + 1)][1:]
     if os.environ["RANK"] == "0":
         write_json(args.json, seconds)
@@ -501,7 +374,7 @@ def bench_scaling(args: argparse.Namespace) -> list[Row]:
             run_process("-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={count}", __file__, "scaling",
                         *(f"--{name}={value}" for name, value in flags.items()), OMP_NUM_THREADS="1")
             seconds[count] += json.loads(Path(flags["json"]).read_text())
-    efficiency = statistics.median(seconds[1]) / statistics.median(seconds[2]) / 2
+    efficiency = median(seconds[1]) / median(seconds[2]) / 2
     return [Row("training step, 2 processes of 1 thread", seconds[2], seconds[1], "1 process", note=f"efficiency {efficiency:.0%}")]
 
 
@@ -533,22 +406,6 @@ def bench_accuracy(args: argparse.Namespace) -> list[Row]:
 
 BENCHES = {"train": bench_train, "transcribe": bench_transcribe, "data": bench_data, "decode": bench_decode, "startup": bench_startup,
            "scaling": bench_scaling, "accuracy": bench_accuracy}
-
-
-def machine() -> dict[str, Any]:
-    """What is measured on."""
-    cpu = platform.processor() or platform.machine()
-    with contextlib.suppress(OSError, StopIteration):
-        cpu = next(line.split(":")[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name"))
-    return {"cpu": cpu, "cores": os.cpu_count(), "threads": torch.get_num_threads(), "load before": round(os.getloadavg()[0], 1),
-            "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else "none", "python": platform.python_version(),
-            "torch": str(torch.__version__), "system": platform.platform(terse=True)}
-
-
-def format_table(rows: list[Row]) -> str:
-    lines = [["what", "ours", "against", "", "ratio", ""], *(row.cells() for row in rows)]
-    widths = [max(map(len, column)) for column in zip(*lines)]
-    return "\n".join("  ".join(cell.ljust(width) for cell, width in zip(line, widths)).rstrip() for line in lines)
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:

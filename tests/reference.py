@@ -102,10 +102,13 @@ class Recordings(torch.utils.data.Dataset):
 
     def cut(self, index: int, start: int) -> dict[str, Tensor]:
         """The segment of that recording that begins with that frame."""
-        audio, onset, frame = self.items[index]
+        audio = self.items[index][0][start * HOP_SIZE : (start + self.n_frames) * HOP_SIZE]
+        return {"audio": audio.float() / 32768, **self.labels(index, start)}
+
+    def labels(self, index: int, start: int) -> dict[str, Tensor]:
+        _, onset, frame = self.items[index]
         onset, frame, stop = onset >= 1, frame >= 1, start + self.n_frames
-        return {"audio": audio[start * HOP_SIZE : stop * HOP_SIZE].float() / 32768,
-                "onset": onset[start:stop].float(), "frame": frame[start:stop].float()}
+        return {"onset": onset[start:stop].float(), "frame": frame[start:stop].float()}
 
 
 def load_recordings(folder: Path) -> list[Recording]:

@@ -2,14 +2,18 @@
 
 import json
 from concurrent.futures import Future
+from functools import partial
 
 import bench
+import measure
 import numpy as np
 import pytest
 import reference
 import torch
 from conftest import random_notes
 
+import model
+import train
 from dataset import Recording, Segments, audio_to_int16
 from evaluate import extract_notes
 from model import RECIPES, Sizes, build_model
@@ -19,7 +23,7 @@ class SameProcess:
     """An executor that works here and now: to start processes takes longer than all of this."""
 
     def __init__(self, *_):
-        bench.works.clear()
+        measure.works.clear()
 
     def __enter__(self):
         return self
@@ -36,7 +40,8 @@ class SameProcess:
 @pytest.fixture
 def toy(monkeypatch: pytest.MonkeyPatch, tmp_path) -> list[str]:
     """Flags and constants that make the benchmark last a moment."""
-    for name, value in {"ProcessPoolExecutor": SameProcess, "SIZES": Sizes(4, 8), "RECORDING_SECONDS": 12, "DATA_HOURS": (1, 2), "DRAWN": 2,
+    monkeypatch.setattr(measure, "ProcessPoolExecutor", SameProcess)
+    for name, value in {"SIZES": Sizes(4, 8), "RECORDING_SECONDS": 120, "DATA_HOURS": (0.1, 0.2), "DRAWN": 2,
                         "LOADED": (2, 2), "LENGTHS": [0.05], "DECODED": 0.5, "PROCESS_ROUNDS": 1, "RATE_SECONDS": 0}.items():
         monkeypatch.setattr(bench, name, value)
     monkeypatch.setattr(bench, "run_process", lambda *command, **environment: (1.5, 0.25))
@@ -103,7 +108,7 @@ def test_flops_are_counted():
 @pytest.mark.parametrize("which, lines", [
     ("train", ["training step, 2 x 16384", "- arithmetic", "- this machine's convolution, bfloat16"]),
     ("transcribe", ["transcription, 0.1 min", "- inference", "transcribe.py, 0.05 min", "- peak memory"]),
-    ("data", ["loading 2 x 2 s, second time", "segments and labels of an hour", "- peak memory with 2 h of data"]),
+    ("data", ["loading 2 x 2 s, second time", "labels of an hour", "- peak memory with 0.2 h of data"]),
     ("decode", ["decoding 0.5 min"]),
     ("startup", ["train.py --help", "prepare.py --help"]),
     ("accuracy", ["1 steps of 2 x 16384", "- validation note F1"])])
@@ -112,8 +117,84 @@ def test_every_part_runs(which, lines, toy, data_folder, tmp_path, capsys):
     report = json.loads((tmp_path / "bench.json").read_text())
     rows = {row["what"]: row for row in report["rows"]}
     assert {"cpu", "threads", "gpu", "python", "torch"} <= report["machine"].keys() and report["arguments"]["batch_size"] == 2
+    printed = capsys.readouterr().out
     for line in lines:
-        assert line in capsys.readouterr().out or line in rows
-        assert all(np.isfinite(rows[line]["ours"]))
-    assert len(next(iter(rows.values()))["ours"]) == 1
-    assert next(iter(rows.values()))["ratio"] > 0
+        assert f"\n{line} " in printed and len(rows[line]["ours"]) == 1 and rows[line]["ours"][0] >= 0
+    assert rows[lines[0]]["ratio"] > 0
+
+
+def test_sides_take_turns_and_the_first_round_is_dropped(toy):
+    done = []
+
+    def make(name):
+        return lambda: done.append(name) or {"count": len(done)}
+
+    found = measure.take_turns(2, {"a": lambda: make("a"), "b": lambda: make("b")})
+    assert done == ["a", "b"] * 3
+    assert (found["a"]["count"], found["b"]["count"]) == ([3, 5], [4, 6])
+
+
+def test_a_side_has_a_process_of_its_own(monkeypatch):
+    monkeypatch.setattr(measure, "works", {})
+    found = measure.take_turns(1, {"ours": partial(bench.decoding, 0.1, extract_notes)})
+    assert found["ours"]["notes"][0] > 0 and not measure.works
+
+
+def test_a_process_is_measured():
+    seconds, peak = measure.run_process("-c", "import os; assert os.environ['NAME'] == 'value'; bytearray(800_000_000)", NAME="value")
+    assert seconds > 0 and 0.8 < peak < 8
+    with pytest.raises(OSError, match="no such thing"):
+        measure.run_process("-c", "raise SystemExit('no such thing')")
+
+
+def test_scaling_compares_one_process_with_two(toy, monkeypatch):
+    """torchrun's own part is left out: a lone process writes its seconds, then two are said to take as long."""
+    environment = {"RANK": "0", "WORLD_SIZE": "1", "TORCHELASTIC_RUN_ID": "none"}
+
+    def torchrun(*command: str, **_: str) -> None:
+        with pytest.MonkeyPatch.context() as patch:
+            for name, value in environment.items():
+                patch.setenv(name, value)
+            assert bench.main(list(command[command.index("scaling"):])) == 0
+
+    monkeypatch.setattr(bench, "run_process", torchrun)
+    row, = bench.bench_scaling(bench.parse_args(["scaling", *toy]))
+    assert len(row.ours) == len(row.base) == 1 and min(row.ours + row.base) > 0
+    assert "efficiency" in row.note
+
+
+def test_accuracy_compares_with_float32(toy, data_folder, tmp_path, monkeypatch):
+    seen = []
+    for module in (model, train):  # as on a machine with bfloat16
+        monkeypatch.setattr(module, "autocast", lambda device: torch.autocast("cpu", torch.bfloat16))
+    monkeypatch.setattr(train, "clip_gradients", lambda *_: None)
+    features = model.Transcriber.features
+    monkeypatch.setattr(model.Transcriber, "features", lambda self, mel: seen.append(torch.is_autocast_enabled("cpu")) or features(self, mel))
+    args = bench.parse_args(["accuracy", *toy, "--data", str(data_folder)])
+    for fast in (True, False):
+        bench.training_run(args, tmp_path, fast)()
+        assert set(seen) == {fast}
+        seen.clear()
+
+
+@pytest.mark.parametrize("flags, message", [
+    (["accuracy", "--data", "nowhere"], "bench.py: train.py did not come to its end"),
+    (["decode", "--json", "README.md/bench.json"], "bench.py: README.md/bench.json: cannot be written"),
+    (["train", "--device", "abacus"], "bench.py: device 'abacus'")])
+def test_what_cannot_be_done_is_said(flags, message, toy, capsys):
+    assert bench.main([flags[0], *toy, *flags[1:]]) == 1
+    assert capsys.readouterr().err.splitlines()[-1].startswith(message)
+
+
+@pytest.mark.parametrize("flags", [["accuracy"], ["train", "--rounds", "0"], ["train", "--sequence_length", "100"]])
+def test_flags_that_make_no_sense(flags):
+    with pytest.raises(SystemExit, match="2"):
+        bench.parse_args(flags)
+
+
+def test_ratios_say_how_many_times_faster():
+    assert measure.Row("a step", [1.0, 2.0, 9.0], [5.0, 6.0, 100.0]).ratio() == 3
+    assert measure.Row("F1", [0.9], [0.8], unit="").ratio() is None
+    table = measure.format_table([measure.Row("a step", [1.0, 2.0, 9.0], [5.0, 6.0, 100.0], note="so"), measure.Row("peak", [1500.0], unit="GB")])
+    assert [line.split() for line in table.splitlines()[1:]] == [
+        ["a", "step", "2", "s", "[1..9]", "reference", "6", "s", "[5..100]", "3", "so"], ["peak", "1500", "GB", "[1500..1500]"]]
