@@ -50,6 +50,7 @@ DATA_HOURS = (1, 200)    # the small and the big training set; MAESTRO has 200 h
 DRAWN = 20               # batches drawn from these in a round
 LOADED = (100, 30)       # how many recordings are loaded, and their seconds
 LENGTHS = [3, 60]        # minutes of the recordings that transcribe.py gets
+LABELLED = 60            # minutes of music that are cut into segments
 DECODED = 60             # minutes of the rolls that are decoded
 PROCESS_ROUNDS = 3       # how often whole processes of transcribe.py and torchrun run
 RATE_SECONDS = 0.3       # how long a product is repeated to see the machine's rate
@@ -87,11 +88,11 @@ def our_training(args: argparse.Namespace, make_recordings: Callable[[], list[Re
     device, recipe = pick_device(args.device), model.RECIPES[recipe_name]
     net = build_model("onf", SIZES, recipe).to(device).train()
     optimizer = torch.optim.Adam(net.parameters(), recipe.learning_rate, fused=device.type in ("cpu", "cuda"))
-    segments = Segments(make_recordings(), args.sequence_length, 0, recipe.gain_db, recipe.detune)
+    segments = Segments(make_recordings(), args.sequence_length, 0, recipe.onset_target)
     wrapped = parallel(net)
 
     def learn(batch: dict[str, Tensor]) -> None:
-        batch["audio"] = train.augment(batch["audio"], recipe.equaliser_db, recipe.room, recipe.noise)
+        batch["audio"] = train.augment(batch["audio"], recipe.gain_db, recipe.equalise_db, recipe.room, recipe.noise)
         loss = sum(train.losses_of(wrapped, batch, device).values())
         optimizer.zero_grad()
         loss.backward()
@@ -265,15 +266,15 @@ def reference_loading(folder: Path) -> Work:
     return in_stages(loading=lambda _: reference.Recordings(reference.load_recordings(folder), 102400))
 
 
-def an_hour(args: argparse.Namespace) -> tuple[list[Recording], list[tuple[int, int]]]:
+def labelled(args: argparse.Namespace) -> tuple[list[Recording], list[tuple[int, int]]]:
     """Recordings, and where all their segments begin, side by side."""
-    recordings, n_frames = some_recordings(3600 // RECORDING_SECONDS, RECORDING_SECONDS), args.sequence_length // HOP_SIZE
+    recordings, n_frames = some_recordings(60 * LABELLED // RECORDING_SECONDS, RECORDING_SECONDS), args.sequence_length // HOP_SIZE
     return recordings, [(number, start) for number, recording in enumerate(recordings)
                         for start in range(0, recording.n_frames - n_frames + 1, n_frames)]
 
 
 def our_labels(args: argparse.Namespace) -> Work:
-    recordings, places = an_hour(args)
+    recordings, places = labelled(args)
     segments = Segments(recordings, args.sequence_length, 0)
 
     def labels(_: Any) -> None:
@@ -287,7 +288,7 @@ def our_labels(args: argparse.Namespace) -> Work:
 
 
 def reference_labels(args: argparse.Namespace) -> Work:
-    recordings, places = an_hour(args)
+    recordings, places = labelled(args)
 
     def cut(name: str) -> None:  # with the rolls of the whole recordings, which have to be made first
         data = reference.Recordings(recordings, args.sequence_length)
@@ -326,7 +327,7 @@ def bench_data(args: argparse.Namespace) -> list[Row]:
         long = take_turns(args.rounds, {f"{hours} h": partial(drawing, args, folder, hours) for hours in DATA_HOURS})
     base, ours = long[f"{small} h"], long[f"{big} h"]
     rows = [Row(f"loading {count} x {seconds} s, {time} time", loading["ours"][time], loading["reference"]["loading"]) for time in ("first", "second")]
-    rows += [Row(f"{part} of an hour", cutting["ours"][part], cutting["reference"][part]) for part in ("labels", "segments")]
+    rows += [Row(f"{part} of {LABELLED} min", cutting["ours"][part], cutting["reference"][part]) for part in ("labels", "segments")]
     rows[-1].note = "audio and labels"
     for what, key, unit in (("a batch", "drawn", "s"), ("a training step", "step", "s"), ("- peak memory", "peak", "GB")):
         rows.append(Row(f"{what} with {big} h of data", ours[key], base[key], f"with {small} h", unit))

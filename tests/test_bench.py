@@ -42,7 +42,7 @@ def toy(monkeypatch: pytest.MonkeyPatch, tmp_path) -> list[str]:
     """Flags and constants that make the benchmark last a moment."""
     monkeypatch.setattr(measure, "ProcessPoolExecutor", SameProcess)
     for name, value in {"SIZES": Sizes(4, 8), "RECORDING_SECONDS": 120, "DATA_HOURS": (0.1, 0.2), "DRAWN": 2,
-                        "LOADED": (2, 2), "LENGTHS": [0.05], "DECODED": 0.5, "PROCESS_ROUNDS": 1, "RATE_SECONDS": 0}.items():
+                        "LOADED": (2, 2), "LENGTHS": [0.05], "LABELLED": 2, "DECODED": 0.5, "PROCESS_ROUNDS": 1, "RATE_SECONDS": 0}.items():
         monkeypatch.setattr(bench, name, value)
     monkeypatch.setattr(bench, "run_process", lambda *command, **environment: (1.5, 0.25))
     return ["--rounds", "1", "--batch_size", "2", "--sequence_length", "16384", "--minutes", "0.1", "--iterations", "1", "--device", "cpu",
@@ -108,7 +108,7 @@ def test_flops_are_counted():
 @pytest.mark.parametrize("which, lines", [
     ("train", ["training step, 2 x 16384", "- arithmetic", "- this machine's convolution, bfloat16"]),
     ("transcribe", ["transcription, 0.1 min", "- inference", "transcribe.py, 0.05 min", "- peak memory"]),
-    ("data", ["loading 2 x 2 s, second time", "labels of an hour", "- peak memory with 0.2 h of data"]),
+    ("data", ["loading 2 x 2 s, second time", "labels of 2 min", "- peak memory with 0.2 h of data"]),
     ("decode", ["decoding 0.5 min"]),
     ("startup", ["train.py --help", "prepare.py --help"]),
     ("accuracy", ["1 steps of 2 x 16384", "- validation note F1"])])
