@@ -31,11 +31,13 @@ CACHE_VERSION = "1"  # part of every cache name: a change of what load_audio or 
 
 @dataclass(frozen=True)
 class Recording:
-    """One performance: its `name`, see load_split, `audio` (S,) int16 at SAMPLE_RATE, its `notes`, pedal included."""
+    """One performance: its `name`, see load_split, `audio` (S,) int16 at SAMPLE_RATE, its `notes`, pedal included, and the MIDI
+    file they were read from, for those who ask for more than notes."""
 
     name: str
     audio: np.ndarray
     notes: Notes
+    midi_path: Path | None = None
 
     @property
     def n_frames(self) -> int:
@@ -43,7 +45,7 @@ class Recording:
 
     def until(self, seconds: float) -> "Recording":
         """The beginning of it."""
-        return Recording(self.name, self.audio[: round(seconds * SAMPLE_RATE)], self.notes.until(seconds))
+        return Recording(self.name, self.audio[: round(seconds * SAMPLE_RATE)], self.notes.until(seconds), self.midi_path)
 
     def to_float(self) -> Tensor:
         """(S,) float32 in [-1, 1]."""
@@ -142,7 +144,7 @@ def load_recording(name: str, audio_path: Path, midi_path: Path) -> Recording:
     try:
         audio = np.load(audio_cache, mmap_mode="r")  # pages come from disk as segments need them, shared by all workers
         with np.load(notes_cache) as arrays:
-            return Recording(name, audio, Notes(arrays["intervals"], arrays["pitches"], arrays["velocities"]))
+            return Recording(name, audio, Notes(arrays["intervals"], arrays["pitches"], arrays["velocities"]), midi_path)
     except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
         pass  # not there yet, or left broken by a power cut
     notes, audio = read_midi(midi_path), audio_to_int16(load_audio(audio_path))
@@ -154,7 +156,7 @@ def load_recording(name: str, audio_path: Path, midi_path: Path) -> Recording:
         audio = np.load(audio_cache, mmap_mode="r")
     except OSError:
         pass  # no room for a cache: the recording stays in memory
-    return Recording(name, audio, notes)
+    return Recording(name, audio, notes, midi_path)
 
 
 def folders_of(data: str | Path | Sequence[str | Path]) -> list[str]:

@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
+from analyse import OFFSET_RATIO, ONSET_TOLERANCE, add, compare, count, draw_errors, format_errors, held_by_pedal
 from constants import HOP_SIZE, MIN_MIDI, SAMPLE_RATE
 from dataset import SPLITS, Recording, folders_of, load_split
 from files import write_json, written_whole
@@ -18,8 +19,6 @@ from model import Transcriber, keep_pages, model_of, pick_device, read_checkpoin
 from notes import Notes, frames_to_seconds, notes_to_rolls
 
 VELOCITY = 80  # the models hear no loudness; every note they write is mezzo-forte
-ONSET_TOLERANCE = 0.05  # seconds, Bay et al. 2009 and MIREX
-OFFSET_RATIO = 0.2      # of the note's duration, or ONSET_TOLERANCE if that is more
 THRESHOLDS = np.arange(1, 10) / 10  # what tune_thresholds tries
 
 
@@ -150,10 +149,15 @@ def tune_thresholds(recordings: list[Recording], logits: list[tuple[np.ndarray, 
     return best
 
 
-def evaluate_split(model: Transcriber, recordings: list[Recording], reference: str = "midi") -> list[dict[str, float]]:
-    """The metrics of each recording, with the model's own thresholds."""
-    return [score(recording, logits, model.thresholds, reference)
-            for recording, logits in zip(recordings, predict(model, recordings))]
+def evaluate_split(model: Transcriber, recordings: list[Recording], reference: str = "midi",
+                   heard: list[Notes] | None = None) -> list[dict[str, float]]:
+    """The metrics of each recording, with the model's own thresholds; what was heard in each is added to `heard`, where given."""
+    rows = []
+    for recording, logits in zip(recordings, predict(model, recordings)):
+        rows.append(score(recording, logits, model.thresholds, reference))
+        if heard is not None:
+            heard.append(estimated_notes(logits, model.thresholds))
+    return rows
 
 
 def summarise(rows: list[dict[str, float]]) -> dict[str, tuple[float, float]]:
@@ -186,9 +190,13 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--split", choices=SPLITS, default="test", help="which recordings")
     parser.add_argument("--reference", choices=("midi", "roll"), default="midi",
                         help="notes to find: the MIDI file's own, as in published tables, or those of its rolls, as in the course")
+    parser.add_argument("--analyse", action="store_true", help="tell what kinds of errors are made: as tables, in the JSON and as a picture")
     parser.add_argument("--save_path", type=Path, help="folder for the results; by default the checkpoint's")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or mps")
-    return parser.parse_args(argv)
+    args = parser.parse_args(argv)
+    if args.analyse and args.reference != "midi":
+        parser.error("--analyse looks at the MIDI file's own notes; leave --reference out")
+    return args
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -201,21 +209,33 @@ def main(argv: list[str] | None = None) -> int:
         about = state.get("data", {})
         folders = args.data or folders_of(about.get("folders") or about.get("folder", "data"))  # "folder": of an early checkpoint
         recordings = load_split(folders, args.split)
+        to_analyse = recordings if args.analyse else []
+        held = [held_by_pedal(recording) for recording in tqdm(to_analyse, "reading pedals", unit="recording", leave=False, disable=None)]
     except (OSError, ValueError) as error:
         print(f"evaluate.py: {error}", file=sys.stderr)
         return 1
-    rows = evaluate_split(model, recordings, args.reference)
+    heard: list[Notes] = []
+    rows = evaluate_split(model, recordings, args.reference, heard)
     path = (args.save_path or args.checkpoint.parent) / f"{args.checkpoint.stem}_{args.split}_{args.reference}.json"
     print(f"{args.checkpoint}, {len(rows)} {args.split} recordings of {' '.join(folders)}, reference: {args.reference}, "
           f"sustain-extended: yes, thresholds: onset {model.thresholds['onset']:.2f}, frame {model.thresholds['frame']:.2f}")
     print(format_table(summarise(rows)))
+    analysis = {}
+    if args.analyse:
+        counts = [count(compare(recording.notes, notes, pedal)) for recording, notes, pedal in zip(recordings, heard, held)]
+        total = add(counts)
+        named = [{"recording": recording.name, **each} for recording, each in zip(recordings, counts)]
+        analysis = {"analysis": {"total": total, "recordings": named}}
+        print(f"\nall notes of the {len(rows)} recordings together\n{format_errors(total)}\n")
     try:
         write_results(path, recordings, rows, model.thresholds, checkpoint=args.checkpoint.name, data=folders,
-                      split=args.split, reference=args.reference)
+                      split=args.split, reference=args.reference, **analysis)
+        if args.analyse:
+            draw_errors(path.with_suffix(".png"), total, f"{args.checkpoint}, {len(rows)} {args.split} recordings of {' '.join(folders)}")
     except OSError as error:
         print(f"evaluate.py: {error}", file=sys.stderr)
         return 1
-    print(f"per recording: {path} and .csv")
+    print(f"per recording: {path} and .csv" + (f"; errors: {path} and .png" if args.analyse else ""))
     return 0
 
 

@@ -161,8 +161,11 @@ def open_midi(path: str | Path) -> pretty_midi.PrettyMIDI:
         raise ValueError(f"{path}: is not a whole MIDI file ({str(error) or type(error).__name__})") from error
 
 
-def read_midi(path: str | Path) -> Notes:
-    """Read the notes a MIDI file sounds, sustain pedal included; drums and pitches off the keyboard are left out.
+def read_keys(path: str | Path) -> tuple[Notes, list[tuple[float, int]], float]:
+    """Read what hands and foot did, without letting the pedal hold anything; drums and pitches off the keyboard are left out.
+
+    Returns:
+        The notes from each key's strike to its release, the sustain pedal as (seconds, CC64 value), and the file's end in seconds.
 
     Raises:
         OSError, ValueError: as open_midi does.
@@ -172,8 +175,13 @@ def read_midi(path: str | Path) -> Notes:
     notes = [note for staff in staves for note in staff.notes if MIN_MIDI <= note.pitch <= MAX_MIDI]
     # a piano has one pedal, whichever staff's track tells of it
     pedal = [(change.time, change.value) for staff in staves for change in staff.control_changes if change.number == SUSTAIN_PEDAL]
-    return hold_with_pedal(Notes([(note.start, note.end) for note in notes], [note.pitch for note in notes],
-                                 [note.velocity for note in notes]), pedal, midi.get_end_time())
+    return Notes([(note.start, note.end) for note in notes], [note.pitch for note in notes],
+                 [note.velocity for note in notes]), pedal, midi.get_end_time()
+
+
+def read_midi(path: str | Path) -> Notes:
+    """Read the notes a MIDI file sounds, sustain pedal included: `hold_with_pedal` of `read_keys`, and raises as that does."""
+    return hold_with_pedal(*read_keys(path))
 
 
 def notes_to_midi(notes: Notes) -> pretty_midi.PrettyMIDI:

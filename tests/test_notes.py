@@ -19,6 +19,7 @@ from notes import (
     n_frames_of,
     notes_to_rolls,
     onset_targets,
+    read_keys,
     read_midi,
     seconds_to_frames,
     write_midi,
@@ -166,6 +167,13 @@ PEDAL = {
 def test_pedal(tmp_path, case):
     notes, pedal, expected = PEDAL[case]
     assert listed(read_midi(write_tracks(tmp_path / "song.midi", [(notes, pedal)]))) == expected
+
+
+def test_keys_are_read_as_they_were_held(tmp_path):
+    path = write_tracks(tmp_path / "k.midi", [([(0.5, 1.0, 60)], [(0.25, 127), (2.0, 0)])])
+    keys, pedal, end = read_keys(path)
+    assert listed(keys) == [(0.5, 1.0, 60)] and pedal == [(0.25, 127), (2.0, 0)] and end == 2.0
+    assert listed(read_midi(path)) == [(0.5, 2.0, 60)]
 
 
 def test_pedal_events_need_no_order():
