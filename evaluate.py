@@ -1,4 +1,4 @@
-"""From logits to notes, and how good those notes are: `python evaluate.py ckpt.pt`."""
+"""From logits to notes, and how good those notes are: `python evaluate.py [ckpt.pt]`."""
 
 import argparse
 import csv
@@ -15,7 +15,7 @@ from analyse import OFFSET_RATIO, ONSET_TOLERANCE, add, compare, count, draw_err
 from constants import HOP_SIZE, MIN_MIDI, SAMPLE_RATE
 from dataset import SPLITS, Recording, folders_of, load_split
 from files import write_json, written_whole
-from model import Transcriber, keep_pages, model_of, pick_device, read_checkpoint
+from model import RELEASED, Transcriber, keep_pages, model_of, pick_device, read_checkpoint, share_checkpoint
 from notes import Notes, frames_to_seconds, notes_to_rolls
 
 VELOCITY = 80  # the models hear no loudness; every note they write is mezzo-forte
@@ -185,12 +185,13 @@ def write_results(path: Path, recordings: list[Recording], rows: list[dict[str, 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="Score a checkpoint on whole recordings; per-recording results go to JSON and CSV.",
                                      formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    parser.add_argument("checkpoint", type=Path, help="a model-*.pt of train.py")
+    parser.add_argument("checkpoint", type=Path, nargs="?", default=RELEASED, help="a model-*.pt of train.py; by default the released one")
     parser.add_argument("--data", nargs="+", help="data folders; by default those the checkpoint was trained on")
     parser.add_argument("--split", choices=SPLITS, default="test", help="which recordings")
     parser.add_argument("--reference", choices=("midi", "roll"), default="midi",
                         help="notes to find: the MIDI file's own, as in published tables, or those of its rolls, as in the course")
     parser.add_argument("--analyse", action="store_true", help="tell what kinds of errors are made: as tables, in the JSON and as a picture")
+    parser.add_argument("--share", type=Path, metavar="PATH", help="first write the checkpoint's weights alone, in half precision, and score these")
     parser.add_argument("--save_path", type=Path, help="folder for the results; by default the checkpoint's")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or mps")
     args = parser.parse_args(argv)
@@ -205,6 +206,9 @@ def main(argv: list[str] | None = None) -> int:
     try:
         device = pick_device(args.device)
         state = read_checkpoint(args.checkpoint)
+        if args.share:
+            share_checkpoint(args.share, state)
+            state, args.checkpoint = read_checkpoint(args.share) | {"data": state.get("data", {})}, args.share
         model = model_of(state, args.checkpoint).to(device)
         about = state.get("data", {})
         folders = args.data or folders_of(about.get("folders") or about.get("folder", "data"))  # "folder": of an early checkpoint

@@ -482,10 +482,13 @@ def write_state(path: str | Path, state: dict[str, Any]) -> None:
 
 
 def share_checkpoint(path: str | Path, state: dict[str, Any]) -> None:
-    """Write what `read_checkpoint` gave, without what only more training needs, its weights in half precision; raises OSError."""
+    """Write what `read_checkpoint` gave for others to use: weights in half precision, and nothing that only more training
+    needs, or that tells where its data lay; raises OSError."""
     weights = {name: value.half() if value.is_floating_point() else value for name, value in state["weights"].items()}
-    kept = {name: value for name, value in state.items() if name not in ("optimizer", "scheduler")} | {"weights": weights}
-    write_state(path, kept)
+    kept = {name: value for name, value in state.items() if name not in ("optimizer", "scheduler")}
+    for part, where in (("data", ("folder", "folders")), ("arguments", ("data",))):
+        kept[part] = {name: value for name, value in state.get(part, {}).items() if name not in where}
+    write_state(path, {**kept, "weights": weights})
 
 
 def read_checkpoint(path: str | Path) -> dict[str, Any]:

@@ -444,3 +444,13 @@ def test_a_real_recording_is_scored():
     onset_energy = np.abs(recording.audio[: 625 * HOP_SIZE].astype(float)).reshape(625, HOP_SIZE).mean(axis=1)
     first = int(recording.notes.intervals[0, 0] / HOP)
     assert onset_energy[first + 1 : first + 8].mean() > 3 * onset_energy[: max(1, first - 2)].mean()  # sound starts with the notes
+
+
+def test_a_shared_checkpoint_is_scored_as_it_is_shared(checkpoint, data_folder, tmp_path, monkeypatch, capsys):
+    shared = tmp_path / "shared.pt"
+    assert evaluate.main([str(checkpoint), "--share", str(shared), "--data", str(data_folder), "--split", "validation"]) == 0
+    assert capsys.readouterr().out.startswith(f"{shared}, ")
+    first = json.loads((tmp_path / "shared_validation_midi.json").read_text())
+    monkeypatch.setattr(evaluate, "RELEASED", shared)  # what is used where none is named
+    assert evaluate.main(["--data", str(data_folder), "--split", "validation"]) == 0
+    assert json.loads((tmp_path / "shared_validation_midi.json").read_text()) == first
