@@ -520,7 +520,10 @@ def test_a_recipe_with_changed_entries():
 @pytest.mark.parametrize("text, says", [("dfault", "recipe 'dfault': known are default, course"),
                                         ("default,rom=1", "recipe entry 'rom': known are "),
                                         ("default,room=much", "recipe entry room: 'much' is no float"),
-                                        ("course,cosine=yes", "recipe entry cosine: 'yes' is no bool"), ("default,", "recipe entry ''")])
+                                        ("course,cosine=yes", "recipe entry cosine: 'yes' is no bool"), ("default,", "recipe entry ''"),
+                                        ("default,onset_target=three", "recipe entry onset_target: 'three' is none of one, two, soft"),
+                                        ("default,gain_db=-1", "recipe entry gain_db: -1.0 is out of range"),
+                                        ("default,detune=nan", "recipe entry detune: nan is out of range")])
 def test_a_wrong_recipe_is_named(text, says):
     with pytest.raises(ValueError) as caught:
         recipe_of(text)

@@ -19,8 +19,8 @@ import prepare
 import train
 from constants import HOP_SIZE
 from dataset import Segments, load_split
-from model import RECIPES, Sizes, build_model, load_checkpoint
-from notes import ONSET_TARGETS, notes_to_rolls, read_midi
+from model import ONSET_TARGETS, RECIPES, Sizes, build_model, load_checkpoint
+from notes import notes_to_rolls, read_midi
 
 ROOT = Path(__file__).resolve().parents[1]
 DEVICE = torch.device("cpu")
