@@ -6,6 +6,7 @@ import json
 import mmap
 import os
 import zipfile
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,7 +31,7 @@ CACHE_VERSION = "1"  # part of every cache name: a change of what load_audio or 
 
 @dataclass(frozen=True)
 class Recording:
-    """One performance: `name` as its table has it, `audio` (S,) int16 at SAMPLE_RATE, its `notes`, pedal included."""
+    """One performance: its `name`, see load_split, `audio` (S,) int16 at SAMPLE_RATE, its `notes`, pedal included."""
 
     name: str
     audio: np.ndarray
@@ -156,22 +157,37 @@ def load_recording(name: str, audio_path: Path, midi_path: Path) -> Recording:
     return Recording(name, audio, notes)
 
 
-def load_split(folder: str | Path, split: str, limit: int | None = None) -> list[Recording]:
-    """Load the recordings of one split in the table's order, the first `limit` of them.
+def folders_of(data: str | Path | Sequence[str | Path]) -> list[str]:
+    """One data folder or several, as a list."""
+    return [str(data)] if isinstance(data, (str, Path)) else [str(folder) for folder in data]
+
+
+def load_split(data: str | Path | Sequence[str | Path], split: str, limit: int | None = None) -> list[Recording]:
+    """Load the recordings of one split of a data folder, or of several one after the other; the first `limit` of them.
+
+    A folder that lacks the split gives none. A recording is called what its table calls it; where there are several
+    folders, the part of the folder's path that tells it from the others comes before that.
 
     Raises:
-        OSError, ValueError: a file is missing or broken, the message names it; or the split is empty.
+        OSError, ValueError: a file is missing or broken, the message names it; or the split is empty, or a folder given twice.
     """
-    rows = [row for row in read_table(folder) if row["split"] == split][:limit]
-    if not rows:
-        raise ValueError(f"{folder}: has no recordings in its {split} split")
-
-    def load(row: dict[str, Any]) -> Recording:
-        return load_recording(row["audio_filename"], find_audio(folder, row["audio_filename"]), Path(folder) / row["midi_filename"])
-
+    folders = folders_of(data)
+    paths = [os.path.abspath(folder) for folder in folders]
+    parent = os.path.commonpath(paths)
+    found = []  # (name, audio, MIDI)
+    for folder, path in zip(folders, paths):
+        if paths.count(path) > 1:
+            raise ValueError(f"{folder}: is given twice")
+        prefix = f"{os.path.relpath(path, parent)}/" if len(folders) > 1 else ""
+        for row in read_table(folder):
+            if row["split"] == split and len(found) != limit:
+                found.append((prefix + row["audio_filename"], find_audio(folder, row["audio_filename"]), Path(folder) / row["midi_filename"]))
+    if not found:
+        raise ValueError(f"{', '.join(folders)}: no recordings in the {split} split")
     with ThreadPoolExecutor(os.cpu_count()) as pool:  # libsndfile decodes outside Python's lock
         try:
-            return list(tqdm(pool.map(load, rows), f"loading {split}", len(rows), unit="recording", leave=False, disable=None))
+            results = pool.map(lambda paths: load_recording(*paths), found)
+            return list(tqdm(results, f"loading {split}", len(found), unit="recording", leave=False, disable=None))
         except BaseException:
             pool.shutdown(cancel_futures=True)
             raise

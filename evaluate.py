@@ -12,7 +12,7 @@ import torch
 from tqdm import tqdm
 
 from constants import HOP_SIZE, MIN_MIDI, SAMPLE_RATE
-from dataset import SPLITS, Recording, load_split
+from dataset import SPLITS, Recording, folders_of, load_split
 from files import write_json, written_whole
 from model import Transcriber, keep_pages, model_of, pick_device, read_checkpoint
 from notes import Notes, frames_to_seconds, notes_to_rolls
@@ -130,13 +130,20 @@ def score(recording: Recording, logits: tuple[np.ndarray, np.ndarray], threshold
 
 
 def tune_thresholds(recordings: list[Recording], logits: list[tuple[np.ndarray, np.ndarray]]) -> dict[str, float]:
-    """The thresholds with the best mean note F1 (onset), then the best mean note-with-offsets F1 (frame), of THRESHOLDS."""
+    """The onset threshold with the best mean note F1, then the frame threshold with the best mean of frame F1 and
+    note-with-offsets F1, for both rest on it; of THRESHOLDS."""
     best = {"onset": 0.5, "frame": 0.5}
+
+    def f1_of_frames(recording: Recording, logit: np.ndarray, threshold: float) -> float:
+        ref = notes_to_rolls(recording.notes, len(logit))[1] > 0
+        return roll_metrics("frame", ref, probability(logit) >= threshold)["metric/frame/frame_f1"]
+
     for head, name in (("onset", "note"), ("frame", "note-with-offsets")):
         means = []
         for threshold in THRESHOLDS:
             tried = {**best, head: float(threshold)}
             means.append(np.mean([note_metrics(recording.notes, estimated_notes(logit, tried), (name,))[f"metric/{name}/f1"]
+                                  + (f1_of_frames(recording, logit[0], threshold) if head == "frame" else 0)
                                   for recording, logit in zip(recordings, logits)]))
         if max(means) > 0:
             best[head] = float(THRESHOLDS[int(np.argmax(means))])
@@ -175,7 +182,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="Score a checkpoint on whole recordings; per-recording results go to JSON and CSV.",
                                      formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     parser.add_argument("checkpoint", type=Path, help="a model-*.pt of train.py")
-    parser.add_argument("--data", help="data folder; by default the one the checkpoint was trained on")
+    parser.add_argument("--data", nargs="+", help="data folders; by default those the checkpoint was trained on")
     parser.add_argument("--split", choices=SPLITS, default="test", help="which recordings")
     parser.add_argument("--reference", choices=("midi", "roll"), default="midi",
                         help="notes to find: the MIDI file's own, as in published tables, or those of its rolls, as in the course")
@@ -191,18 +198,19 @@ def main(argv: list[str] | None = None) -> int:
         device = pick_device(args.device)
         state = read_checkpoint(args.checkpoint)
         model = model_of(state, args.checkpoint).to(device)
-        folder = args.data or state.get("data", {}).get("folder", "data")
-        recordings = load_split(folder, args.split)
+        about = state.get("data", {})
+        folders = args.data or folders_of(about.get("folders") or about.get("folder", "data"))  # "folder": of an early checkpoint
+        recordings = load_split(folders, args.split)
     except (OSError, ValueError) as error:
         print(f"evaluate.py: {error}", file=sys.stderr)
         return 1
     rows = evaluate_split(model, recordings, args.reference)
     path = (args.save_path or args.checkpoint.parent) / f"{args.checkpoint.stem}_{args.split}_{args.reference}.json"
-    print(f"{args.checkpoint}, {len(rows)} {args.split} recordings of {folder}, reference: {args.reference}, "
+    print(f"{args.checkpoint}, {len(rows)} {args.split} recordings of {' '.join(folders)}, reference: {args.reference}, "
           f"sustain-extended: yes, thresholds: onset {model.thresholds['onset']:.2f}, frame {model.thresholds['frame']:.2f}")
     print(format_table(summarise(rows)))
     try:
-        write_results(path, recordings, rows, model.thresholds, checkpoint=args.checkpoint.name, data=str(folder),
+        write_results(path, recordings, rows, model.thresholds, checkpoint=args.checkpoint.name, data=folders,
                       split=args.split, reference=args.reference)
     except OSError as error:
         print(f"evaluate.py: {error}", file=sys.stderr)

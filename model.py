@@ -30,6 +30,7 @@ ONSET_RATE = 0.0036
 FRAME_RATE = 0.03
 CONTEXT = 3         # frames that three 3 x 3 convolutions see to either side
 SIDE = (N_FFT - HOP_SIZE) // 2  # samples that a Fourier window reaches past its frame on either side
+RELEASED = Path(__file__).parent / "runs" / "released" / "onf.pt"  # the checkpoint that comes with the code
 CHUNK_FRAMES = 512  # frames convolved at a time in a long recording, 16 s: big enough to be fast, flat in memory
 
 
@@ -46,7 +47,7 @@ class Recipe:
     """
 
     normalise_mel: bool = True       # batch norm of each mel band over time, as in Kong et al. 2021
-    normalise_features: bool = True  # layer norm of what the recurrent layers and the heads get
+    normalise_features: bool = True  # layer norm before each recurrent layer
     residual: bool = True            # a linear path past the recurrent layers, which then learn what it lacks (He et al. 2016)
     base_rate_bias: bool = True      # output biases start at the log-odds of silence
     tune_thresholds: bool = True     # on validation; else 0.5 and 0.5
@@ -63,35 +64,34 @@ class Recipe:
 
     def __post_init__(self) -> None:
         if self.onset_target not in ONSET_TARGETS:
-            raise ValueError(f"recipe entry onset_target: {self.onset_target!r} is none of {', '.join(ONSET_TARGETS)}")
-        for entry, value in vars(self).items():
-            if isinstance(value, float) and not 0 <= value < math.inf:
-                raise ValueError(f"recipe entry {entry}: {value} is out of range")
+            raise ValueError(f"onset_target is one of {', '.join(ONSET_TARGETS)}, not {self.onset_target!r}")
 
 
 RECIPES = {"default": Recipe(), "course": Recipe(False, False, False, False, False, False, False, 6e-4, "one", 0.0, 0.0, 0.0, 0.0, 0.0, 0.0)}
 
 
-def recipe_of(text: str) -> Recipe:
-    """The recipe of that name, or with entries changed: `default,room=0,cosine=False`.
+def parse_recipe(text: str) -> Recipe:
+    """`NAME[,ENTRY=VALUE...]`: a recipe of RECIPES, some of its entries replaced; `default,cosine=False,gain_db=6`.
 
     Raises:
-        ValueError: there is no such recipe or entry, or the value is not of its kind.
+        ValueError: there is no such recipe or entry, or the value is none of the entry's type; numbers are finite and not negative.
     """
     name, *changes = text.split(",")
     if name not in RECIPES:
-        raise ValueError(f"recipe {name!r}: known are {', '.join(RECIPES)}")
-    changed = {}
+        raise ValueError(f"{name!r} is no recipe, choose from {', '.join(RECIPES)}")
+    kinds, values = {field.name: field.type for field in dataclasses.fields(Recipe)}, {}
     for change in changes:
         entry, _, value = change.partition("=")
-        if entry not in (known := dataclasses.asdict(RECIPES[name])):
-            raise ValueError(f"recipe entry {entry!r}: known are {', '.join(known)}")
-        kinds = {bool: {"True": True, "False": False}.__getitem__, float: float, str: str}
+        if entry not in kinds:
+            raise ValueError(f"{entry!r} is no entry of a recipe, choose from {', '.join(kinds)}")
         try:
-            changed[entry] = kinds[type(known[entry])](value)
-        except (KeyError, ValueError) as error:
-            raise ValueError(f"recipe entry {entry}: {value!r} is no {type(known[entry]).__name__}") from error
-    return dataclasses.replace(RECIPES[name], **changed)
+            values[entry] = {"True": True, "False": False, "1": True, "0": False}[value] if kinds[entry] is bool else kinds[entry](value)
+            if isinstance(values[entry], (int, float)) and not 0 <= values[entry] < math.inf:
+                raise ValueError
+        except (KeyError, ValueError):
+            wanted = {bool: "True or False", int: "a whole number from 0 on", float: "a number from 0 on"}.get(kinds[entry], kinds[entry].__name__)
+            raise ValueError(f"{entry} is {wanted}, not {value!r}") from None
+    return dataclasses.replace(RECIPES[name], **values)
 
 
 @dataclass(frozen=True)
@@ -377,7 +377,7 @@ class OnsetsAndFrames(Transcriber):
 
     def __init__(self, sizes: Sizes, recipe: Recipe) -> None:
         super().__init__(sizes, recipe)
-        self.frame_conv_stack, self.onset_conv_stack = self.conv_stack(), self.conv_stack()
+        self.frame_conv_stack, self.onset_conv_stack = self.conv_stack(normalised=False), self.conv_stack()
         self.combined_norm = self.norm(2 * N_KEYS)
         self.onset_lstm, self.onset_path = bi_lstm(sizes.fc_unit, sizes.lstm_unit), self.path(sizes.fc_unit)
         self.onset_fc = self.output(2 * sizes.lstm_unit, ONSET_RATE)
@@ -446,10 +446,21 @@ def save_checkpoint(path: str | Path, model: Transcriber, **training: Any) -> No
     state = {"model": name, "sizes": dataclasses.asdict(model.sizes), "recipe": dataclasses.asdict(model.recipe),
              "constants": constants_dict(), "thresholds": model.thresholds, "weights": model.state_dict(),
              "versions": {"torch": torch.__version__ + "", "python": platform.python_version()}, **training}
+    write_state(path, state)
+
+
+def write_state(path: str | Path, state: dict[str, Any]) -> None:
     buffer = io.BytesIO()
     torch.save(state, buffer)  # not into the file: of a full disk torch's own writer says nothing that helps
     with written_whole(path) as temporary:
         temporary.write_bytes(buffer.getvalue())
+
+
+def share_checkpoint(path: str | Path, state: dict[str, Any]) -> None:
+    """Write what `read_checkpoint` gave, without what only more training needs, its weights in half precision; raises OSError."""
+    weights = {name: value.half() if value.is_floating_point() else value for name, value in state["weights"].items()}
+    kept = {name: value for name, value in state.items() if name not in ("optimizer", "scheduler")} | {"weights": weights}
+    write_state(path, kept)
 
 
 def read_checkpoint(path: str | Path) -> dict[str, Any]:

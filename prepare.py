@@ -1,4 +1,4 @@
-"""Make data folders in the layout that `dataset.py` reads: `python prepare.py demo|maestro|maps|render|check …`.
+"""Make data folders in the layout that `dataset.py` reads: `python prepare.py demo|maestro|maps|render|hold-out|check …`.
 
 Every command can be stopped and started again: a recording that was finished is not made twice.
 """
@@ -309,6 +309,58 @@ def make_render(source: Path, out: Path, soundfonts: list[Path], workers: int) -
     return run_jobs(out, jobs, workers)
 
 
+# --- hold out ---
+
+def hold_out(source: Path, out: Path, pianos: list[str]) -> int:
+    """Two data folders of one: OUT/unseen, for validation on pianos that were not trained on, and OUT/rest with all others.
+
+    A piano is what a table's audio names begin with, as in MAPS and after `render`. OUT/unseen has, as validation, what
+    these pianos have in train and validation, but no piece that OUT/rest trains on. Test recordings stay in OUT/rest,
+    whatever their piano. Both hold links to the source's files, or copies where there can be no links.
+
+    Raises:
+        OSError, ValueError: as read_table does; a file is missing; there is no such piano, or nothing of it is left.
+    """
+    rows = read_table(source)
+    piano_of = {row["audio_filename"]: Path(row["audio_filename"]).parts[0] for row in rows if row["split"] in ("train", "validation")}
+    for piano in pianos:
+        if piano not in piano_of.values():
+            raise ValueError(f"{source}: has no {piano} in train or validation, there are {', '.join(sorted(set(piano_of.values())))}")
+    chosen = [row for row in rows if piano_of.get(row["audio_filename"]) in pianos]
+    rest = [row for row in rows if piano_of.get(row["audio_filename"]) not in pianos]
+    trained = {(row["canonical_composer"], row["canonical_title"]) for row in rest if row["split"] == "train"}
+    unseen = [{**row, "split": "validation"} for row in chosen if (row["canonical_composer"], row["canonical_title"]) not in trained]
+    if not trained or not unseen:
+        raise ValueError(f"{source}: nothing is left to train on without {', '.join(pianos)}" if not trained else
+                         f"{source}: all that {', '.join(pianos)} plays is also trained on with others, nothing is left to validate on")
+    for folder, some in ((out / "rest", rest), (out / "unseen", unseen)):
+        if folder.resolve() == source.resolve():
+            raise ValueError(f"{folder}: is the source itself, choose another folder")
+        linked = []
+        for row in some:
+            audio = find_audio(source, row["audio_filename"])
+            linked.append({**row, "audio_filename": str(audio.relative_to(source))})
+            link_file(audio, folder / audio.relative_to(source))
+            link_file(source / row["midi_filename"], folder / row["midi_filename"])
+        write_json(folder / "data.json", linked)
+        counts = Counter(row["split"] for row in linked)
+        print(f"{folder}: {len(linked)} recordings ({', '.join(f'{counts[split]} {split}' for split in SPLITS)}), "
+              f"{sum(row['duration'] for row in linked) / 60:.1f} minutes")
+    print(f"left out: {len(chosen) - len(unseen)} recordings of {', '.join(pianos)} whose pieces {out / 'rest'} trains on")
+    return 0
+
+
+def link_file(source: Path, target: Path) -> None:
+    """Make `target` a link to `source`, or a copy where the system has or allows no links. Raises OSError."""
+    if not source.is_file():
+        raise OSError(f"{source}: is named in the table and not on the disk")
+    with written_whole(target) as temporary:
+        try:
+            temporary.symlink_to(source.resolve())
+        except (OSError, NotImplementedError):
+            shutil.copyfile(source, temporary)
+
+
 # --- check ---
 
 def faults_of(folder: Path, row: Row) -> list[str]:
@@ -358,11 +410,12 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="Make a data folder: audio at 16 kHz, MIDI files, and the data.json that names them.")
     commands = parser.add_subparsers(dest="command", required=True)
 
-    def command(name: str, text: str, *paths: tuple[str, str]) -> argparse.ArgumentParser:
+    def command(name: str, text: str, *paths: tuple[str, str], workers: bool = True) -> argparse.ArgumentParser:
         sub = commands.add_parser(name, help=text, description=text, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
         for path, meaning in paths:
             sub.add_argument(path, type=Path, help=meaning)
-        sub.add_argument("--num_workers", type=count, default=os.cpu_count(), help="processes")
+        if workers:
+            sub.add_argument("--num_workers", type=count, default=os.cpu_count(), help="processes")
         return sub
 
     out = ("out", "the data folder to make")
@@ -374,6 +427,9 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     command("maps", "the MAPS database, ENSTDkAm and ENSTDkCl as test", ("source", "the folder with the pianos' folders"), out)
     render = command("render", "MIDI performances, played on SoundFonts", ("source", "a folder of MIDI files"), out)
     render.add_argument("--soundfont", type=Path, nargs="+", default=[default_soundfont()], help="each plays everything")
+    hold = command("hold-out", "a data folder parted by piano: OUT/rest to train on, OUT/unseen to validate on pianos it has not heard",
+                   ("source", "a data folder"), ("out", "the folder to make the two in"), workers=False)
+    hold.add_argument("--piano", nargs="+", required=True, default=argparse.SUPPRESS, help="what the audio names of these pianos begin with: their folders")
     command("check", "read everything and name what is bad", ("folder", "a data folder"))
     return parser.parse_args(argv)
 
@@ -390,6 +446,8 @@ def main(argv: list[str] | None = None) -> int:
             return make_maps(args.source, args.out, args.num_workers)
         if args.command == "render":
             return make_render(args.source, args.out, args.soundfont, args.num_workers)
+        if args.command == "hold-out":
+            return hold_out(args.source, args.out, args.piano)
         return check(args.folder, args.num_workers)
     except (OSError, ValueError) as error:
         print(f"prepare.py: {error}", file=sys.stderr)

@@ -22,7 +22,7 @@ from tqdm import tqdm
 import prepare
 from augment import augment
 from constants import HOP_SIZE, SAMPLE_RATE
-from dataset import Recording, Segments, find_table, load_split
+from dataset import Recording, Segments, find_table, folders_of, load_split
 from evaluate import estimated_notes, format_table, predict, score, summarise, tune_thresholds, write_results
 from files import write_json, written_whole
 from model import (
@@ -37,9 +37,9 @@ from model import (
     load_checkpoint,
     model_of,
     n_parameters,
+    parse_recipe,
     pick_device,
     read_checkpoint,
-    recipe_of,
     save_checkpoint,
 )
 from notes import write_midi
@@ -157,7 +157,7 @@ def build_parser(**defaults: Any) -> argparse.ArgumentParser:
 
     def recipe(text: str) -> str:
         try:
-            recipe_of(text)
+            parse_recipe(text)
         except ValueError as error:
             raise argparse.ArgumentTypeError(str(error)) from error
         return text
@@ -167,8 +167,8 @@ def build_parser(**defaults: Any) -> argparse.ArgumentParser:
     add = parser.add_argument
     add("--model", "--model_type", type=str.lower, choices=tuple(MODELS), default="onf", help="which transcriber")
     add("--recipe", type=recipe, default="default", metavar="NAME[,ENTRY=VALUE...]",
-        help="default, or course, the homework's exact training; entries of model.Recipe can be changed: default,room=0")
-    add("--data", default="data", help="data folder, see prepare.py")
+        help=f"{' or '.join(RECIPES)}, the homework's exact training; entries of Recipe in model.py may be replaced: default,cosine=False")
+    add("--data", nargs="+", default=["data"], help="data folders, see prepare.py; a split is that of all of them")
     add("--iterations", "-i", type=positive(int), default=5000, help="training steps")
     add("--batch_size", "-b", type=positive(int), default=16, help="segments in a step, over all processes")
     add("--sequence_length", "-v", type=frames, default=102400, help="samples in a segment")
@@ -211,12 +211,13 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         for name in FIXED:
             if name in typed and typed[name] != state["arguments"][name]:
                 raise ValueError(f"--{name} {typed[name]}: the resumed run has {state['arguments'][name]}, start a new run to change it")
-        args = build_parser(**state["arguments"]).parse_args(argv)
+        args = build_parser(**{**state["arguments"], "data": folders_of(state["arguments"]["data"])}).parse_args(argv)
         args.logdir = typed.get("logdir", typed["resume"].parent)
         args.state = state
     else:
-        args = build_parser(**(DEBUG if typed.get("debug") else {})).parse_args(argv)
-        args.learning_rate = args.learning_rate or recipe_of(args.recipe).learning_rate
+        debug = {name: value for name, value in DEBUG.items() if f",{name}=" not in typed.get("recipe", "")}
+        args = build_parser(**(debug if typed.get("debug") else {})).parse_args(argv)
+        args.learning_rate = args.learning_rate or parse_recipe(args.recipe).learning_rate
         args.state = None
     world = int(os.environ.get("WORLD_SIZE", 1))
     if args.batch_size % world:
@@ -232,11 +233,11 @@ def load_data(args: argparse.Namespace) -> dict[str, list[Recording]]:
         OSError, ValueError: as load_split does.
     """
     if args.debug and not args.data_typed and args.state is None:
-        if find_table(args.data) is None:
-            args.data = str(Path(args.data) / "demo")
-            if find_table(args.data) is None:
+        if find_table(args.data[0]) is None:
+            args.data = [str(Path(args.data[0]) / "demo")]
+            if find_table(args.data[0]) is None:
                 if rank_and_world()[0] == 0:
-                    prepare.make_demo(Path(args.data))
+                    prepare.make_demo(Path(args.data[0]))
                 if dist.is_initialized():
                     dist.barrier()
     limit = DEBUG_RECORDINGS if args.debug else None
@@ -250,7 +251,7 @@ def train(args: argparse.Namespace, data: dict[str, list[Recording]], device: to
     if args.state:
         model = model_of(args.state, args.resume).to(device)
     else:
-        model = build_model(args.model, Sizes(args.cnn_unit, args.fc_unit), recipe_of(args.recipe)).to(device)
+        model = build_model(args.model, Sizes(args.cnn_unit, args.fc_unit), parse_recipe(args.recipe)).to(device)
     recipe = model.recipe  # a resumed run keeps the one it began with
     model.train()
     optimizer = torch.optim.Adam(model.parameters(), args.learning_rate, weight_decay=args.weight_decay,
@@ -266,13 +267,13 @@ def train(args: argparse.Namespace, data: dict[str, list[Recording]], device: to
     validation = [recording.until(VALIDATION_SECONDS) for recording in data["validation"]]
     config = {name: str(value) if isinstance(value, Path) else value for name, value in vars(args).items()
               if name not in ("state", "data_typed", "resume", "logdir", "device")}
-    description = {"folder": args.data, "recordings": {split: len(recordings) for split, recordings in data.items()},
+    description = {"folders": args.data, "recordings": {split: len(recordings) for split, recordings in data.items()},
                    "minutes": {split: round(value, 1) for split, value in minutes.items()}}
     run = args.logdir or Path("runs") / datetime.datetime.now().strftime("exp_%y%m%d-%H%M%S")
     log, writer = (tqdm.write if rank == 0 else lambda _: None), None
     log(f"{args.model}, {n_parameters(model):,} parameters, recipe {args.recipe}, seed {args.seed}, on {device}"
         + (f" x {world}" if world > 1 else "") + f", into {run}\n"
-        + f"data {args.data}: " + ", ".join(f"{len(data[split])} {split} ({minutes[split]:.1f} min)" for split in data)
+        + f"data {' '.join(args.data)}: " + ", ".join(f"{len(data[split])} {split} ({minutes[split]:.1f} min)" for split in data)
         + f"\nsteps {first} to {args.iterations} of {args.batch_size} x {args.sequence_length / SAMPLE_RATE:.1f} s")
     if rank == 0:
         from torch.utils.tensorboard import SummaryWriter  # slow to import, and only needed here
@@ -362,7 +363,7 @@ def test(run: Path, args: argparse.Namespace, recordings: list[Recording], devic
     table = format_table(summarise(rows))
     with written_whole(run / "results.txt") as temporary:
         temporary.write_text(table + "\n", encoding="utf-8")
-    write_results(run / "results.json", recordings, rows, model.thresholds, checkpoint=path.name, data=str(args.data), split="test",
+    write_results(run / "results.json", recordings, rows, model.thresholds, checkpoint=path.name, data=args.data, split="test",
                   reference="midi")
     log(f"test, {len(rows)} whole recordings, {path}, thresholds {model.thresholds}\n{table}")
 

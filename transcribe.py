@@ -1,4 +1,4 @@
-"""Recordings to notes: `python transcribe.py ckpt.pt song.flac [more files or folders]`."""
+"""Recordings to notes: `python transcribe.py [ckpt.pt] song.flac [more files or folders]`."""
 
 import argparse
 import sys
@@ -12,7 +12,7 @@ from audio import has_fluidsynth, load_audio, render_midi, save_audio
 from constants import F_MAX, F_MIN, HOP_SIZE, MAX_MIDI, MIN_MIDI, SAMPLE_RATE
 from evaluate import estimated_notes, probability
 from files import written_whole
-from model import LogMelSpectrogram, Transcriber, keep_pages, load_checkpoint, pick_device
+from model import RELEASED, LogMelSpectrogram, Transcriber, keep_pages, load_checkpoint, pick_device
 from notes import Notes, notes_to_midi, write_midi
 
 SUFFIXES = (".wav", ".flac", ".mp3", ".ogg", ".oga", ".opus", ".aiff", ".aif", ".aifc", ".au", ".caf", ".w64", ".rf64",
@@ -95,13 +95,19 @@ def write_all(base: Path, audio: np.ndarray, notes: Notes, onset: np.ndarray, fr
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description="Transcribe piano recordings: NAME_transcribed.midi, .wav (the MIDI played), .png (piano "
+    parser = argparse.ArgumentParser(usage="%(prog)s [options] [checkpoint.pt] audio [audio ...]", description="Transcribe piano recordings: NAME_transcribed.midi, .wav (the MIDI played), .png (piano "
                                      "roll) and .npz (probabilities and notes).", formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    parser.add_argument("checkpoint", type=Path, help="a model-*.pt of train.py")
-    parser.add_argument("audio", type=Path, nargs="+", help="recordings, or folders of them, of any length, rate and channel count")
+    parser.add_argument("paths", type=Path, nargs="+", metavar="audio",
+                        help="recordings, or folders of them, of any length, rate and channel count; before them a model-*.pt of "
+                        f"train.py, else it is {RELEASED.relative_to(RELEASED.parents[2])}, which comes with this project")
     parser.add_argument("--save_path", type=Path, default=Path("."), help="folder for the results; a folder's recordings keep their subfolders")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or mps")
-    return parser.parse_args(argv)
+    args = parser.parse_args(argv)
+    named = args.paths[0].suffix == ".pt"
+    args.checkpoint, args.audio = args.paths[0] if named else RELEASED, args.paths[named:]
+    if not args.audio:
+        parser.error("no recordings are named")
+    return args
 
 
 def main(argv: list[str] | None = None) -> int:

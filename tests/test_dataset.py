@@ -3,6 +3,7 @@
 import csv
 import json
 import os
+import shutil
 from collections import Counter
 from pathlib import Path
 
@@ -211,6 +212,37 @@ def test_a_split_is_loaded_in_order(data_folder):
     assert len(load_split(data_folder, "test")) == 2
 
 
+def test_several_folders_are_one(data_folder, tmp_path):
+    """In the order given; a folder without the split adds nothing; every recording has a name of its own."""
+    more = Path(shutil.copytree(data_folder, tmp_path / "more"))
+    write_json(more / "data.json", [row for row in read_table(data_folder) if row["split"] == "train"])
+    parent = os.path.commonpath([more, data_folder])
+    names = [f"{os.path.relpath(folder, parent)}/r{number}.flac" for folder in (more, data_folder) for number in range(6)]
+    both, alone = load_split([more, data_folder], "train"), load_split(data_folder, "train") * 2
+    assert [recording.name for recording in both] == names[:3] + names[6:9]
+    assert [len(recording.audio) for recording in both] == [len(recording.audio) for recording in alone]
+    assert [recording.notes.pitches.tolist() for recording in both] == [recording.notes.pitches.tolist() for recording in alone]
+    assert [recording.name for recording in load_split([more, data_folder], "train", limit=4)] == names[:3] + names[6:7]
+    assert [recording.name for recording in load_split([more, data_folder], "test")] == names[10:]
+
+
+def test_a_folder_is_not_given_twice(data_folder, monkeypatch):
+    monkeypatch.chdir(data_folder)
+    with pytest.raises(ValueError, match="^.: is given twice$"):
+        load_split([".", data_folder], "train")
+
+
+def test_a_split_that_no_folder_has(data_folder, tmp_path):
+    write_json(tmp_path / "data.json", [row for row in read_table(data_folder) if row["split"] == "train"])
+    other = tmp_path / "other"
+    other.mkdir()
+    write_json(other / "data.json", read_table(tmp_path))
+    with pytest.raises(ValueError, match=f"^{tmp_path}, {other}: no recordings in the test split$"):
+        load_split([tmp_path, other], "test")
+    with pytest.raises(OSError, match="lost: is no folder"):
+        load_split([data_folder, tmp_path / "lost"], "train")
+
+
 def test_the_course_says_wav_where_the_disk_has_flac(tmp_path):
     write_tones(tmp_path, "a", random_notes(0, 2.0, 4), 2.0)
     write_json(tmp_path / "data.json", [{**ROWS[0], "midi_filename": "a.midi", "audio_filename": "a.wav"}])
@@ -232,7 +264,7 @@ def test_what_a_table_names_and_the_disk_lacks(tmp_path):
     write_json(tmp_path / "data.json", [{**ROWS[0], "midi_filename": "b.midi", "audio_filename": "a.flac"}])
     with pytest.raises(OSError, match=r"b\.midi: cannot be read \(No such file"):
         load_split(tmp_path, "train")
-    with pytest.raises(ValueError, match="has no recordings in its test split"):
+    with pytest.raises(ValueError, match="no recordings in the test split"):
         load_split(tmp_path, "test")
     write_json(tmp_path / "data.json", [{**ROWS[0], "midi_filename": "a.midi", "audio_filename": "a.flac"}])
     tones.audio.write_text("words")

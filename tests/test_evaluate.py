@@ -421,10 +421,11 @@ def test_the_command_scores_another_split(data_folder, checkpoint, tmp_path):
     assert [row["recording"] for row in written["recordings"]] == ["r0.flac", "r1.flac", "r2.flac"]
 
 
-def test_the_checkpoint_knows_its_data_and_its_folder(data_folder, checkpoint, tmp_path):
+@pytest.mark.parametrize("about", [lambda folder: {"folders": [folder]}, lambda folder: {"folder": folder}], ids=["folders", "as once written"])
+def test_the_checkpoint_knows_its_data_and_its_folder(about, data_folder, checkpoint, tmp_path):
     """What the file knows no flag has to repeat: data folder, thresholds, where the results belong."""
     state = torch.load(checkpoint, weights_only=True)
-    torch.save({**state, "data": {"folder": str(data_folder)}, "thresholds": {"onset": 0.125, "frame": 0.25}}, tmp_path / "known.pt")
+    torch.save({**state, "data": about(str(data_folder)), "thresholds": {"onset": 0.125, "frame": 0.25}}, tmp_path / "known.pt")
     assert evaluate.main([str(tmp_path / "known.pt")]) == 0
     written = json.loads((tmp_path / "known_test_midi.json").read_text())
     assert written["thresholds"] == {"onset": 0.125, "frame": 0.25} and len(written["recordings"]) == 2

@@ -386,6 +386,85 @@ def test_render_needs_fluidsynth(tmp_path, monkeypatch, capsys):
     assert capsys.readouterr().err == "prepare.py: libfluidsynth is missing: apt-get install fluidsynth\n"
 
 
+# --- hold out ---
+
+PLAYED_BY = {"train": [("A", 1), ("A", 2), ("B", 2), ("B", 3), ("C", 1)], "validation": [("A", 4), ("B", 5)], "test": [("A", 6), ("D", 6)]}
+
+
+@pytest.fixture
+def pianos(tmp_path) -> Path:
+    """Pianos A to D and which piece each plays in which split; the table says .wav where the disk has .flac."""
+    rows = []
+    for split, played in PLAYED_BY.items():
+        for piano, piece in played:
+            (tmp_path / "source" / piano).mkdir(parents=True, exist_ok=True)
+            write_tones(tmp_path / "source" / piano, str(piece), random_notes(piece, 2.0, 4), 2.0)
+            rows.append({"canonical_composer": "tester", "canonical_title": f"piece {piece}", "split": split, "year": 2024,
+                         "midi_filename": f"{piano}/{piece}.midi", "audio_filename": f"{piano}/{piece}.wav", "duration": 2.0})
+    write_json(tmp_path / "source" / "data.json", rows)
+    return tmp_path / "source"
+
+
+def names_of(folder: Path, split: str) -> list[str]:
+    return [row["midi_filename"].removesuffix(".midi") for row in read_table(folder) if row["split"] == split]
+
+
+def hold_out(source: Path, out: Path, *names: str) -> int:
+    return main(["hold-out", str(source), str(out), "--piano", *names])
+
+
+def test_a_piano_is_held_out(pianos, tmp_path, capsys):
+    """B's piece 2 is left out, for A trains on it; its piece 3 and its validation recording validate."""
+    before = {path: path.read_bytes() for path in pianos.rglob("*.*")}
+    assert hold_out(pianos, tmp_path / "out", "B") == 0
+    rest, unseen = tmp_path / "out" / "rest", tmp_path / "out" / "unseen"
+    assert [names_of(rest, split) for split in PLAYED_BY] == [["A/1", "A/2", "C/1"], ["A/4"], ["A/6", "D/6"]]
+    assert [names_of(unseen, split) for split in PLAYED_BY] == [[], ["B/3", "B/5"], []]
+    said = capsys.readouterr().out
+    assert f"{rest}: 6 recordings (3 train, 1 validation, 2 test), 0.2 minutes\n" in said and "left out: 1 recordings of B" in said
+    assert [recording.name.split("/", 1)[1] for recording in load_split([rest, unseen], "validation")] == ["A/4.flac", "B/3.flac", "B/5.flac"]
+    assert all(path.is_symlink() and path.resolve().is_relative_to(pianos) for path in (*rest.rglob("*.flac"), *unseen.rglob("*.midi")))
+    assert main(["check", str(rest), *ONE]) == main(["check", str(unseen), *ONE]) == 0
+    assert {path: path.read_bytes() for path in pianos.rglob("*.*")} == before and no_leftovers(tmp_path)
+
+
+def test_several_pianos_are_held_out_together(pianos, tmp_path):
+    """What they have in common is left to validate on; a second call replaces the first."""
+    assert hold_out(pianos, tmp_path / "out", "C") == 1  # A trains on all that C plays
+    assert not (tmp_path / "out").exists()
+    assert hold_out(pianos, tmp_path / "out", "B") == 0
+    assert hold_out(pianos, tmp_path / "out", "A", "C") == 0
+    assert names_of(tmp_path / "out" / "unseen", "validation") == ["A/1", "C/1", "A/4"]
+    assert names_of(tmp_path / "out" / "rest", "train") == ["B/2", "B/3"]
+    assert names_of(tmp_path / "out" / "rest", "test") == ["A/6", "D/6"]
+
+
+def test_where_there_can_be_no_links_there_are_copies(pianos, tmp_path, monkeypatch):
+    def refuse(*_, **__):
+        raise OSError("a required privilege is not held by the client")
+
+    monkeypatch.setattr(Path, "symlink_to", refuse)
+    assert hold_out(pianos, tmp_path / "out", "B") == 0
+    copy = tmp_path / "out" / "unseen" / "B" / "3.flac"
+    assert not copy.is_symlink() and copy.read_bytes() == (pianos / "B" / "3.flac").read_bytes()
+
+
+def test_what_cannot_be_held_out_is_said(pianos, tmp_path, capsys):
+    for names, message in ((["E"], "source: has no E in train or validation, there are A, B, C\n"), (["B", "D"], "source: has no D in"),
+                           (["C"], "source: all that C plays is also trained on with others, nothing is left to validate on\n"),
+                           (["A", "B", "C"], "source: nothing is left to train on without A, B, C\n")):
+        assert hold_out(pianos, tmp_path / "out", *names) == 1
+        assert message in capsys.readouterr().err and not (tmp_path / "out").exists()
+    shutil.move(pianos, tmp_path / "rest")
+    before = {path: path.read_bytes() for path in (tmp_path / "rest").rglob("*.*")}
+    assert hold_out(tmp_path / "rest", tmp_path, "B") == 1
+    assert "rest: is the source itself" in capsys.readouterr().err
+    assert {path: path.read_bytes() for path in (tmp_path / "rest").rglob("*.*")} == before
+    (tmp_path / "rest" / "B" / "3.midi").unlink()
+    assert hold_out(tmp_path / "rest", tmp_path / "out", "B") == 1
+    assert "B/3.midi: is named in the table and not on the disk" in capsys.readouterr().err
+
+
 # --- check ---
 
 def test_a_good_folder_passes(data_folder, capsys):

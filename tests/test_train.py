@@ -4,6 +4,7 @@ import dataclasses
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -77,7 +78,7 @@ def test_the_configuration_can_be_read(finished, data_folder):
     assert (config["model"], config["iterations"], config["batch_size"], config["sequence_length"]) == ("onf", 4, 2, 16384)
     assert (config["cnn_unit"], config["fc_unit"], config["seed"], config["recipe"]) == (4, 8, 0, "default")
     assert config["learning_rate"] == RECIPES["default"].learning_rate
-    assert config["data"] == str(data_folder)
+    assert config["data"] == config["data_description"]["folders"] == [str(data_folder)]
     assert config["data_description"]["recordings"] == {"train": 3, "validation": 1, "test": 2}
 
 
@@ -207,6 +208,32 @@ def test_a_resumed_run_keeps_its_recipe(data_folder, tmp_path, monkeypatch):
     monkeypatch.setitem(train.RECIPES, "default", RECIPES["course"])
     assert train.main(["--resume", str(tmp_path / "whole" / "model-2.pt"), "--logdir", str(tmp_path / "again"), "--device", "cpu"]) == 0
     assert_same_run(tmp_path / "whole" / "model-4.pt", tmp_path / "again" / "model-4.pt")
+
+
+def test_several_data_folders(data_folder, tmp_path, capsys):
+    """All are trained on, in the checkpoint and in the results; a resumed run still has them."""
+    more = Path(shutil.copytree(data_folder, tmp_path / "more"))
+    flags = ["--data", str(data_folder), str(more), "--logdir", str(tmp_path / "run"), "--model", "rnn", "--save_midi", *TINY]
+    assert train.main([*flags, "-i", "1"]) == 0
+    assert f"data {data_folder} {more}: 6 train" in capsys.readouterr().out
+    state = state_of(tmp_path / "run" / "model-1.pt")
+    assert state["data"]["folders"] == state["arguments"]["data"] == [str(data_folder), str(more)]
+    assert len(json.loads((tmp_path / "run" / "results.json").read_text())["recordings"]) == 4
+    assert len(list((tmp_path / "run" / "midi").glob("**/*.midi"))) == 4
+    assert train.main(["--resume", str(tmp_path / "run" / "model-1.pt"), "-i", "2", "--device", "cpu"]) == 0
+    assert "2 validation" in capsys.readouterr().out
+    assert evaluate.main([str(tmp_path / "run" / "model-2.pt"), "--split", "train", "--save_path", str(tmp_path)]) == 0
+    assert "6 train recordings" in capsys.readouterr().out
+
+
+def test_a_run_that_began_with_one_folder_goes_on(finished, data_folder, tmp_path):
+    """Checkpoints used to hold a single folder as text."""
+    state = state_of(finished / "model-2.pt")
+    state["arguments"]["data"] = str(data_folder)
+    torch.save(state, tmp_path / "model-2.pt")
+    assert train.main(["--resume", str(tmp_path / "model-2.pt"), "--device", "cpu"]) == 0
+    assert_same_run(finished / "model-4.pt", tmp_path / "model-4.pt")
+    assert json.loads((tmp_path / "config.json").read_text())["data"] == [str(data_folder)]
 
 
 def test_the_latest_of_equals_is_best(data_folder, tmp_path):
@@ -378,6 +405,40 @@ def test_the_courses_flags_are_understood():
 def test_the_learning_rate_is_the_recipes_until_typed(recipe):
     assert train.parse_args(["--recipe", recipe]).learning_rate == RECIPES[recipe].learning_rate
     assert train.parse_args(["--recipe", recipe, "-lr", "0.25"]).learning_rate == 0.25
+
+
+def test_entries_of_a_recipe_can_be_replaced(data_folder, tmp_path):
+    """The checkpoint, the configuration, the optimizer and a resumed run have them."""
+    text = "course,cosine=True,gain_db=3,learning_rate=2e-3"
+    assert train.main(tiny(data_folder, tmp_path, "--model", "rnn", "--recipe", text, "-i", "2")) == 0
+    expected = dataclasses.replace(RECIPES["course"], cosine=True, gain_db=3.0, learning_rate=2e-3)
+    assert load_checkpoint(tmp_path / "model-2.pt").recipe == expected
+    config = json.loads((tmp_path / "config.json").read_text())
+    assert config["recipe"] == text and config["recipe_entries"] == dataclasses.asdict(expected) and config["learning_rate"] == 2e-3
+    resume = ["--resume", str(tmp_path / "model-2.pt"), "-i", "3", "--device", "cpu"]
+    assert train.main([*resume, "--recipe", "course"]) == 1
+    assert train.main([*resume, "--recipe", text]) == 0
+    assert load_checkpoint(tmp_path / "model-3.pt").recipe == expected
+
+
+def test_a_learning_rate_in_the_recipe_is_typed_too():
+    assert train.parse_args(["--recipe", "default,learning_rate=0.125"]).learning_rate == 0.125
+    assert train.parse_args(["--recipe", "default,learning_rate=0.125", "--debug"]).learning_rate == 0.125
+    assert train.parse_args(["--recipe", "default,learning_rate=0.125", "-lr", "0.5"]).learning_rate == 0.5
+
+
+@pytest.mark.parametrize("text, message", [
+    ("cake", "'cake' is no recipe, choose from default, course"), ("cosine=True", "'cosine=True' is no recipe"), ("", "'' is no recipe"),
+    ("default,cosin=True", "'cosin' is no entry of a recipe, choose from normalise_mel, "), ("default,", "'' is no entry"),
+    ("default,onset_target=three", "onset_target is one of one, two, soft, not 'three'"),
+    ("default,cosine=yes", "cosine is True or False, not 'yes'"), ("default,cosine", "cosine is True or False, not ''"),
+    ("default,gain_db=loud", "gain_db is a number from 0 on, not 'loud'"), ("default,gain_db=-1", "not '-1'"), ("default,gain_db=nan", "not 'nan'"),
+    ("default,gain_db=inf", "not 'inf'")])
+def test_a_wrong_recipe_is_named(text, message, capsys):
+    with pytest.raises(SystemExit) as caught:
+        train.main(["--recipe", text])
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert caught.value.code == 2 and "error: argument --recipe: " in error and message in error
 
 
 def test_a_flag_beside_debug_counts():

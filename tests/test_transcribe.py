@@ -244,3 +244,15 @@ def test_a_failed_file_does_not_stop_the_others(checkpoint, tones, tmp_path, pla
     errors = [line for line in captured.err.splitlines() if "libfluidsynth" not in line]
     assert [line.startswith(f"transcribe.py: {path}: ") for line, path in zip(errors, (bad, missing), strict=True)] == [True, True]
     assert captured.out.count("->") == 2
+
+
+def test_without_a_checkpoint_the_released_one_is_used(checkpoint, tones, tmp_path, monkeypatch):
+    monkeypatch.setattr(transcribe, "RELEASED", checkpoint)
+    assert transcribe.main([str(tones.audio), "--save_path", str(tmp_path)]) == 0
+    assert (tmp_path / f"{tones.audio.stem}_transcribed.midi").is_file()
+
+
+def test_a_checkpoint_alone_is_no_recording(checkpoint, capsys):
+    with pytest.raises(SystemExit) as left:
+        transcribe.main([str(checkpoint)])
+    assert left.value.code == 2 and "no recordings are named" in capsys.readouterr().err
