@@ -207,7 +207,7 @@ class Segments(torch.utils.data.Dataset):
         """
         Args:
             sequence_length: samples in a segment, a multiple of HOP_SIZE.
-            onset_target: one of ONSET_TARGETS.
+            onset_target: the shape of `onset_targets`.
         """
         self.recordings, self.sequence_length, self.seed, self.onset_target = recordings, sequence_length, seed, onset_target
         self.n_frames = n_frames_of(sequence_length)

@@ -34,6 +34,9 @@ RELEASED = Path(__file__).parent / "runs" / "released" / "onf.pt"  # the checkpo
 CHUNK_FRAMES = 512  # frames convolved at a time in a long recording, 16 s: big enough to be fast, flat in memory
 
 
+ONSET_TARGETS = ("one", "two", "soft")  # shapes of `onset_targets` in `notes.py`
+
+
 @dataclass(frozen=True)
 class Recipe:
     """What the default recipe does differently from the course's (Hawthorne et al. 2018 as taught in the homework).
@@ -58,6 +61,10 @@ class Recipe:
     noise: float = 0.5               # probability of noise in a segment
     detune: float = 0.2              # segments are heard sharper or flatter by up to this many semitones
     mask: float = 0.0                # probability of masks on a segment's log-mel
+
+    def __post_init__(self) -> None:
+        if self.onset_target not in ONSET_TARGETS:
+            raise ValueError(f"onset_target is one of {', '.join(ONSET_TARGETS)}, not {self.onset_target!r}")
 
 
 RECIPES = {"default": Recipe(), "course": Recipe(False, False, False, False, False, False, False, 6e-4, "one", 0.0, 0.0, 0.0, 0.0, 0.0, 0.0)}

@@ -16,7 +16,6 @@ from files import written_whole
 
 PEDAL_DOWN = 64     # CC64 from which the sustain pedal holds; the MIDI standard's switch point
 SUSTAIN_PEDAL = 64  # MIDI controller number
-ONSET_TARGETS = ("one", "two", "soft")  # what `onset_targets` can draw
 SOFT_SECONDS = 0.05  # from the peak of a soft onset to its feet; Kong et al. 2021, Toyama et al. 2023
 TICKS_PER_BEAT = 960  # at 120 BPM a tick is 0.52 ms
 

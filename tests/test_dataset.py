@@ -16,7 +16,8 @@ import dataset
 from constants import HOP_SIZE, MIN_MIDI, SAMPLE_RATE
 from dataset import COLUMNS, Recording, Segments, audio_to_int16, find_audio, load_recording, load_split, read_table
 from files import write_json
-from notes import ONSET_TARGETS, Notes, notes_to_rolls, onset_targets
+from model import ONSET_TARGETS
+from notes import Notes, notes_to_rolls, onset_targets
 
 HOP_SECONDS = HOP_SIZE / SAMPLE_RATE
 NO_NOTES = Notes([], [], [])

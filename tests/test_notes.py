@@ -10,9 +10,8 @@ from conftest import play, random_notes
 
 from constants import HOP_SIZE, MAX_MIDI, MIN_MIDI, SAMPLE_RATE
 from evaluate import extract_notes
-from model import LogMelSpectrogram
+from model import ONSET_TARGETS, LogMelSpectrogram
 from notes import (
-    ONSET_TARGETS,
     Notes,
     frames_to_seconds,
     hold_with_pedal,

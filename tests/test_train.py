@@ -20,8 +20,8 @@ import prepare
 import train
 from constants import HOP_SIZE
 from dataset import Segments, load_split
-from model import RECIPES, Sizes, build_model, load_checkpoint
-from notes import ONSET_TARGETS, notes_to_rolls, read_midi
+from model import ONSET_TARGETS, RECIPES, Sizes, build_model, load_checkpoint
+from notes import notes_to_rolls, read_midi
 
 ROOT = Path(__file__).resolve().parents[1]
 DEVICE = torch.device("cpu")
@@ -430,6 +430,7 @@ def test_a_learning_rate_in_the_recipe_is_typed_too():
 @pytest.mark.parametrize("text, message", [
     ("cake", "'cake' is no recipe, choose from default, course"), ("cosine=True", "'cosine=True' is no recipe"), ("", "'' is no recipe"),
     ("default,cosin=True", "'cosin' is no entry of a recipe, choose from normalise_mel, "), ("default,", "'' is no entry"),
+    ("default,onset_target=three", "onset_target is one of one, two, soft, not 'three'"),
     ("default,cosine=yes", "cosine is True or False, not 'yes'"), ("default,cosine", "cosine is True or False, not ''"),
     ("default,gain_db=loud", "gain_db is a number from 0 on, not 'loud'"), ("default,gain_db=-1", "not '-1'"), ("default,gain_db=nan", "not 'nan'"),
     ("default,gain_db=inf", "not 'inf'")])
