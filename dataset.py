@@ -235,6 +235,7 @@ class Segments(torch.utils.data.Dataset):
         rolls = np.zeros((2, self.n_frames, N_KEYS), dtype=np.float32)
         inside = min(self.n_frames, recording.n_frames - start)
         if inside > 0:
-            rolls[0, :inside] = onset_targets(recording.notes, inside, start, self.onset_target)
-            rolls[1, :inside] = notes_to_rolls(recording.notes, inside, start)[1]
+            rolls[0, :inside], rolls[1, :inside] = notes_to_rolls(recording.notes, inside, start)
+            if self.onset_target != "one":
+                rolls[0, :inside] = onset_targets(recording.notes, inside, start, self.onset_target)
         return {"audio": torch.from_numpy(audio), "onset": torch.from_numpy(rolls[0]), "frame": torch.from_numpy(rolls[1])}

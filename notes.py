@@ -76,11 +76,13 @@ def notes_to_rolls(notes: Notes, n_frames: int, start: int = 0) -> tuple[np.ndar
         The onset roll and the frame roll, (n_frames, 88) uint8 each.
     """
     onset, frame = np.zeros((2, n_frames, N_KEYS), dtype=np.uint8)
-    first = seconds_to_frames(notes.intervals[:, 0]) - start
+    low, high = (start - 1) * HOP_SIZE / SAMPLE_RATE, (start + n_frames + 1) * HOP_SIZE / SAMPLE_RATE
+    near = np.flatnonzero(notes.intervals[: np.searchsorted(notes.intervals[:, 0], high), 1] > low)  # all that can be seen, and few more
+    first = seconds_to_frames(notes.intervals[near, 0]) - start
     # one sample back: a note that ends where frame t begins does not sound in frame t
-    last = np.maximum(seconds_to_frames(notes.intervals[:, 1] - 1 / SAMPLE_RATE) - start, first)
+    last = np.maximum(seconds_to_frames(notes.intervals[near, 1] - 1 / SAMPLE_RATE) - start, first)
     inside = (first < n_frames) & (last >= 0)
-    for a, b, key in zip(first[inside], last[inside], notes.pitches[inside] - MIN_MIDI):
+    for a, b, key in zip(*(part[inside].tolist() for part in (first, last, notes.pitches[near] - MIN_MIDI))):
         frame[max(a, 0) : b + 1, key] = 1
         if a >= 0:
             onset[a, key] = 1
