@@ -16,17 +16,15 @@ from torch import nn
 import constants
 import model as model_module
 from constants import HOP_SIZE, N_KEYS, N_MELS
+from layers import BatchNorm, Dropout, PoolRectifyDrop
 from model import (
     CHUNK_FRAMES,
     FRAME_RATE,
     MODELS,
     ONSET_RATE,
     RECIPES,
-    BatchNorm,
     ConvStack,
-    Dropout,
     LogMelSpectrogram,
-    PoolRectifyDrop,
     Recipe,
     Sizes,
     Transcriber,

@@ -1,0 +1,109 @@
+"""Layers that torch has too, made faster on CPUs, smaller in memory, or fit for several processes.
+
+Shapes: B batch, C channels, T frames, M mel bands.
+"""
+
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+
+class BatchNorm(nn.modules.batchnorm._BatchNorm):
+    """Batch norm over every dimension but the second that, under DistributedDataParallel, sees the joint batch of all ranks.
+
+    nn.SyncBatchNorm does this on GPUs alone; the gradients of several CPU processes have to equal one process's as well.
+    Ioffe & Szegedy, ICML 2015.
+    """
+
+    def _check_input_dim(self, x: Tensor) -> None:
+        pass
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not (self.training and dist.is_initialized() and dist.get_world_size() > 1):
+            return super().forward(x)
+        from torch.distributed.nn.functional import all_reduce  # the differentiable one; a slow import that few need
+        wide, ranks = x.float(), dist.get_world_size()
+        dims = [d for d in range(x.dim()) if d != 1]
+        moments = torch.stack([wide.mean(dims), wide.square().mean(dims)])                # (2, C); ranks have equal batches
+        mean, square = all_reduce(moments) / ranks
+        var = (square - mean.square()).clamp(min=0)
+        with torch.no_grad():
+            count = ranks * x.numel() // x.shape[1]
+            self.num_batches_tracked += 1
+            self.running_mean.lerp_(mean, self.momentum)
+            self.running_var.lerp_(var * count / max(count - 1, 1), self.momentum)
+        shape = [1, -1] + [1] * (x.dim() - 2)
+        scale = torch.rsqrt(var + self.eps) * (self.weight if self.affine else 1)
+        shift = (self.bias if self.affine else 0) - mean * scale
+        return (wide * scale.view(shape) + shift.view(shape)).to(x.dtype)
+
+
+class Dropout(nn.Module):
+    """Dropout (Srivastava et al., JMLR 2014) that on a CPU spends one random byte on each feature.
+
+    The random numbers that nn.Dropout draws there took a quarter of a training step. p counts in steps of 1/256.
+    """
+
+    def __init__(self, p: float) -> None:
+        super().__init__()
+        self.p = p
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * self.factors(torch.empty_like(x)) if self.training and self.p else x
+
+    def factors(self, out: Tensor) -> Tensor:
+        """Fill `out`, dense in any memory layout, with what features are multiplied by: 0, or 1 / (1 - p)."""
+        if out.device.type != "cpu":  # where random numbers cost nothing
+            return out.bernoulli_(1 - self.p).div_(1 - self.p)
+        words = torch.empty(-(-out.numel() // 8), dtype=torch.int64)
+        drawn = words.random_(-2**63, None).view(torch.uint8)[: out.numel()]
+        torch.ge(drawn, round(256 * self.p), out=out.as_strided((out.numel(),), (1,)))  # in the order of memory
+        return out.mul_(1 / (1 - self.p))
+
+    def extra_repr(self) -> str:
+        return f"p={self.p}"
+
+
+class PoolRectifyDrop(Dropout):
+    """The larger of every two neighbouring mel bands, rectified, and dropout: (B, C, T, M) -> (B, C, T, M // 2).
+
+    In one, because for the gradient each would keep its own copy: together they save a third of training's memory.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not self.training:
+            return torch.maximum(*pairs(x)).relu_()
+        half = torch.empty_like(x[..., : x.shape[3] // 2])
+        return PooledRectifiedDropped.apply(x, self.factors(half) if self.p else torch.ones_like(half))
+
+
+def pairs(x: Tensor) -> tuple[Tensor, Tensor]:
+    """(B, C, T, M) -> the even and the odd mel bands, (B, C, T, M // 2) each."""
+    even = x.shape[3] // 2 * 2
+    return x[..., 0:even:2], x[..., 1:even:2]
+
+
+class PooledRectifiedDropped(torch.autograd.Function):
+    """What PoolRectifyDrop does in training, with the factors that dropout drew. Of two equal bands the first has the gradient."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, factors: Tensor) -> Tensor:
+        left, right = pairs(x)
+        y = torch.maximum(left, right)
+        passed = torch.gt(y, 0, out=torch.empty_like(y)).mul_(factors)
+        ctx.save_for_backward(torch.ge(left, right, out=torch.empty_like(y)), passed)
+        ctx.like = torch.empty_like(x, device="meta")
+        return y.relu_().mul_(factors)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        is_left, passed = ctx.saved_tensors
+        grad = grad * passed
+        whole = torch.empty_like(ctx.like, dtype=grad.dtype, device=grad.device)
+        left, right = pairs(whole)
+        torch.mul(grad, is_left, out=left)
+        torch.sub(grad, left, out=right)
+        whole[..., grad.shape[3] * 2 :] = 0  # the last of an odd number of bands is in no pair
+        return whole, None
