@@ -24,7 +24,7 @@ from tqdm import tqdm
 
 from audio import default_soundfont, has_fluidsynth, load_audio, render_midi, save_audio
 from constants import MAX_MIDI, MIN_MIDI, SAMPLE_RATE
-from dataset import SPLITS, find_audio, read_table
+from dataset import SPLITS, find_audio, find_table, read_table
 from files import write_json, written_whole
 from notes import SUSTAIN_PEDAL, Notes, notes_to_midi, open_midi, read_midi, write_midi
 
@@ -282,30 +282,48 @@ def render_file(audio: Path, midi: Path, source: Path, soundfont: Path) -> float
     return seconds_of(audio)
 
 
-def make_render(source: Path, out: Path, soundfonts: list[Path], workers: int) -> int:
-    """Every MIDI performance under a folder, played on every SoundFont.
+def performances_of(source: Path, split: str | None) -> list[tuple[Path, Row]]:
+    """What there is to render: MIDI files, and each one's row but for what the SoundFont decides.
 
-    A piece, that is the folder a file lies in, or the file where it lies at the top, goes whole into one split.
+    A data folder's performances keep their splits, `split` takes those of one; what several pianos play there from the
+    same MIDI file, as in MAPS, is one performance. In a plain folder of MIDI files a piece, that is the folder a file lies
+    in, or the file where it lies at the top, goes whole into one split, or all pieces into `split`.
+
+    Raises:
+        OSError, ValueError: there is none, or the table is broken.
     """
+    if find_table(source):
+        rows = [row for row in read_table(source) if split in (None, row["split"])]
+        if not rows:
+            raise ValueError(f"{source}: no recordings in the {split} split")
+        paths = [source / row["midi_filename"] for row in rows]
+        contents = [path.read_bytes() if path.is_file() else b"" for path in paths]  # a missing one is named when its turn comes
+        return [(path, row) for number, (path, row) in enumerate(zip(paths, rows)) if not contents[number] or contents[number] not in contents[:number]]
+    performances = []
+    for path in sorted(path for path in source.glob("**/*") if path.suffix.lower() in (".mid", ".midi")):
+        name = path.relative_to(source)
+        piece = str(name.parent) if len(name.parts) > 1 else name.stem
+        place = {0: "validation", 1: "test"}.get(int(rank_of(piece), 16) % HELD_OUT, "train")
+        performances.append((path, {"canonical_composer": name.parts[0], "canonical_title": piece, "split": split or place, "midi_filename": str(name)}))
+    if not performances:
+        raise ValueError(f"{source}: holds no .mid or .midi files")
+    return performances
+
+
+def make_render(source: Path, out: Path, soundfonts: list[Path], split: str | None, deal: bool, workers: int) -> int:
+    """Every MIDI performance of a folder, played on every SoundFont; or, dealt, on one of them in turn."""
     if not has_fluidsynth():
         raise ValueError("libfluidsynth is missing: apt-get install fluidsynth")
-    files = sorted(path for path in source.glob("**/*") if path.suffix.lower() in (".mid", ".midi"))
-    if not files:
-        raise ValueError(f"{source}: holds no .mid or .midi files")
+    performances = performances_of(source, split)
     for soundfont in soundfonts:
         if not soundfont.is_file():
             raise OSError(f"{soundfont}: no such SoundFont")
     jobs = []
-    for path in files:
-        name = path.relative_to(source)
-        piece = str(name.parent) if len(name.parts) > 1 else name.stem
-        place = int(rank_of(piece), 16) % HELD_OUT
-        split = {0: "validation", 1: "test"}.get(place, "train")
-        for soundfont in soundfonts:
-            target = Path(soundfont.stem) / name
-            row = {"canonical_composer": name.parts[0], "canonical_title": piece, "split": split, "year": soundfont.stem,
-                   "midi_filename": str(target.with_suffix(".midi")), "audio_filename": str(target.with_suffix(".flac"))}
-            jobs.append((render_file, (path, soundfont), row))
+    for number, (path, row) in enumerate(performances):
+        for soundfont in [soundfonts[number % len(soundfonts)]] if deal else soundfonts:
+            target = Path(soundfont.stem) / row["midi_filename"]
+            files = {"midi_filename": str(target.with_suffix(".midi")), "audio_filename": str(target.with_suffix(".flac"))}
+            jobs.append((render_file, (path, soundfont), {**row, "year": soundfont.stem, **files}))
     return run_jobs(out, jobs, workers)
 
 
@@ -425,8 +443,11 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         maestro.add_argument(f"--{split}", type=count, default=number, help=f"recordings of the {split} split")
     maestro.add_argument("--all", action="store_true", help="the whole set")
     command("maps", "the MAPS database, ENSTDkAm and ENSTDkCl as test", ("source", "the folder with the pianos' folders"), out)
-    render = command("render", "MIDI performances, played on SoundFonts", ("source", "a folder of MIDI files"), out)
+    render = command("render", "MIDI performances, played on SoundFonts", ("source", "a folder of MIDI files, or a data folder"), out)
     render.add_argument("--soundfont", type=Path, nargs="+", default=[default_soundfont()], help="each plays everything")
+    render.add_argument("--deal", action="store_true", help="each performance is played on one of the SoundFonts, in turn")
+    render.add_argument("--split", choices=SPLITS, help="put all into this split; of a data folder, take this split; "
+                        "by default one piece in ten is validation, one test, and a data folder keeps its splits")
     hold = command("hold-out", "a data folder parted by piano: OUT/rest to train on, OUT/unseen to validate on pianos it has not heard",
                    ("source", "a data folder"), ("out", "the folder to make the two in"), workers=False)
     hold.add_argument("--piano", nargs="+", required=True, default=argparse.SUPPRESS, help="what the audio names of these pianos begin with: their folders")
@@ -445,7 +466,7 @@ def main(argv: list[str] | None = None) -> int:
         if args.command == "maps":
             return make_maps(args.source, args.out, args.num_workers)
         if args.command == "render":
-            return make_render(args.source, args.out, args.soundfont, args.num_workers)
+            return make_render(args.source, args.out, args.soundfont, args.split, args.deal, args.num_workers)
         if args.command == "hold-out":
             return hold_out(args.source, args.out, args.piano)
         return check(args.folder, args.num_workers)

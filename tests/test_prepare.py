@@ -349,6 +349,53 @@ def test_performances_are_rendered_on_every_soundfont(tmp_path, capsys):
 
 
 @needs_fluidsynth
+def test_one_split_of_a_data_folder_is_rendered(data_folder, tmp_path):
+    """It keeps its notes and what its table says of it; a MIDI file that two recordings share is played once."""
+    source = Path(shutil.copytree(data_folder, tmp_path / "source"))
+    shutil.copy(source / "r0.midi", source / "r1.midi")
+    assert run("render", source, tmp_path / "out", "--split", "train") == 0
+    rows = read_table(tmp_path / "out")
+    assert [row["audio_filename"] for row in rows] == ["TimGM6mb/r0.flac", "TimGM6mb/r2.flac"]
+    for row, original in zip(rows, read_table(source)[::2]):
+        assert all(row[key] == original[key] for key in ("canonical_composer", "canonical_title", "split"))
+    played = load_split(tmp_path / "out", "train")[1]
+    np.testing.assert_allclose(played.notes.intervals, load_split(source, "train")[2].notes.intervals, atol=1e-6)
+    assert level(played.to_float().numpy(), *played.notes.intervals[0]) > 0.01
+    (source / "r3.midi").unlink()
+    assert run("render", source, tmp_path / "all") == 1  # the others are rendered all the same
+    assert [row["split"] for row in read_table(tmp_path / "all")] == ["train"] * 2 + ["test"] * 2
+
+
+@pytest.fixture
+def rendered(monkeypatch) -> list[tuple[str, str, str]]:
+    """In place of sound: what `render` plays on which SoundFont for which split."""
+    played = []
+    monkeypatch.setattr(prepare, "has_fluidsynth", lambda: True)
+    monkeypatch.setattr(prepare, "run_jobs", lambda out, jobs, workers: played.extend(
+        (row["audio_filename"], arguments[1].name, row["split"]) for _, arguments, row in jobs) or 0)
+    return played
+
+
+def test_performances_are_dealt_among_soundfonts(tmp_path, rendered):
+    source, fonts = tmp_path / "midi", [tmp_path / name for name in ("A.sf2", "B.sf2")]
+    source.mkdir()
+    for path in (*fonts, *(source / f"{number}.mid" for number in range(5))):
+        path.touch()
+    assert run("render", source, tmp_path / "out", "--soundfont", *fonts, "--deal", "--split", "train") == 0
+    assert rendered == [(f"{'AB'[number % 2]}/{number}.flac", f"{'AB'[number % 2]}.sf2", "train") for number in range(5)]
+    rendered.clear()
+    assert run("render", source, tmp_path / "out", "--soundfont", *fonts, "--split", "test") == 0
+    assert len(rendered) == 10 and {split for _, _, split in rendered} == {"test"}
+
+
+def test_a_split_to_render_that_is_not_there(data_folder, tmp_path, rendered, capsys):
+    write_json(tmp_path / "data.json", [row for row in read_table(data_folder) if row["split"] != "test"])
+    assert run("render", tmp_path, tmp_path / "out", "--split", "test") == 1
+    assert capsys.readouterr().err == f"prepare.py: {tmp_path}: no recordings in the test split\n"
+    assert not rendered
+
+
+@needs_fluidsynth
 def test_recordings_that_would_share_a_name_do_not_overwrite_each_other(tmp_path):
     """Two SoundFonts called piano.sf2, or song.mid beside song.midi: kept apart, or refused."""
     source, fonts = performances(tmp_path / "midi"), [tmp_path / folder / "piano.sf2" for folder in ("one", "two")]
