@@ -241,7 +241,7 @@ class Transcriber(nn.Module):
             chunk = nn.functional.pad(chunk, (0, last - first - len(chunk)))
             with autocast(device):
                 features = fast.features(fast.melspectrogram.of_padded(chunk[None]))  # (1, T', C) each
-            whole = whole or [torch.empty(1, n_frames, feature.shape[2], device=device) for feature in features]
+            whole = whole or [feature.new_empty(1, n_frames, feature.shape[2]) for feature in features]
             for branch, feature in zip(whole, features):
                 branch[:, start:stop] = feature[:, start - low : stop - low]
         with autocast(device):
