@@ -5,7 +5,7 @@ recordings unlike those it learnt from. Here they are batched torch operations o
 spectrum is one multiplication between a Fourier transform and its inverse. Every segment gets its own random numbers, drawn
 from torch's generator of that device, which training seeds for every step. Nothing moves in time, so labels stay as they are.
 
-Shapes: B batch, S samples, F Fourier bins, T frames, M mel bands.
+Shapes: B batch, S samples, F Fourier bins, M mel bands.
 """
 
 import math
@@ -24,9 +24,6 @@ DIRECT_DB = (-5.0, 20.0)  # energy of the direct sound over that of the reverber
 SNR_DB = (20.0, 50.0)     # of added noise
 NOISE_SLOPE = (0.0, 1.0)  # power falls as 1 / f to this: white to pink
 NOISE_FLAT = 20.0         # Hz, below which it falls no more
-MASKS = 2                 # of each kind on a segment that is masked; SpecAugment's policies have one or two
-MASK_BANDS = 24           # most mel bands in a mask, a tenth of them
-MASK_FRAMES = 6           # most frames in a mask, 0.2 s, so that what is left still tells of most notes
 
 
 def uniform(low: float, high: float, *shape: int, device: torch.device) -> Tensor:
@@ -129,20 +126,3 @@ def detuned_filters(batch: int, semitones: float, device: torch.device) -> Tenso
     heard = frequencies(N_FFT, device) * 2 ** (uniform(-semitones, semitones, batch, 1, device=device) / 12)  # (B, F)
     slopes = (heard[..., None] - corners[:-1]) / corners.diff()                                         # (B, F, M + 1)
     return torch.minimum(slopes[..., :-1], 1 - slopes[..., 1:]).clamp(min=0)
-
-
-def mask_mel(mel: Tensor, probability: float) -> Tensor:
-    """Hide MASKS stretches of time and of frequency in a segment's log-mel behind its mean (SpecAugment, Park et al. 2019).
-
-    (B, T, M) -> (B, T, M).
-    """
-    batch, n_frames, n_mels = mel.shape
-    hidden = torch.zeros_like(mel, dtype=torch.bool)
-    chosen = torch.rand(batch, 1, 1, device=mel.device) < probability
-    for _ in range(MASKS):
-        for size, most, shape in ((n_frames, MASK_FRAMES, (1, -1, 1)), (n_mels, MASK_BANDS, (1, 1, -1))):
-            width = uniform(0, most + 1, batch, 1, 1, device=mel.device).floor()
-            first = torch.rand(batch, 1, 1, device=mel.device) * (size - width + 1).clamp(min=1)
-            place = torch.arange(size, device=mel.device).view(shape)
-            hidden |= (place >= first.floor()) & (place < first.floor() + width) & chosen
-    return torch.where(hidden, mel.mean(dim=(1, 2), keepdim=True), mel)

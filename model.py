@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 import constants
-from augment import detuned_filters, mask_mel
+from augment import detuned_filters
 from constants import F_MAX, F_MIN, HOP_SIZE, N_FFT, N_KEYS, N_MELS, SAMPLE_RATE
 from files import written_whole
 from layers import BatchNorm, Dropout, PoolRectifyDrop
@@ -60,14 +60,13 @@ class Recipe:
     room: float = 0.5                # probability of reverberation in a segment
     noise: float = 0.5               # probability of noise in a segment
     detune: float = 0.2              # segments are heard sharper or flatter by up to this many semitones
-    mask: float = 0.0                # probability of masks on a segment's log-mel
 
     def __post_init__(self) -> None:
         if self.onset_target not in ONSET_TARGETS:
             raise ValueError(f"onset_target is one of {', '.join(ONSET_TARGETS)}, not {self.onset_target!r}")
 
 
-RECIPES = {"default": Recipe(), "course": Recipe(False, False, False, False, False, False, False, 6e-4, "one", 0.0, 0.0, 0.0, 0.0, 0.0, 0.0)}
+RECIPES = {"default": Recipe(), "course": Recipe(False, False, False, False, False, False, False, 6e-4, "one", 0.0, 0.0, 0.0, 0.0, 0.0)}
 
 
 def parse_recipe(text: str) -> Recipe:
@@ -205,10 +204,7 @@ class Transcriber(nn.Module):
         raise NotImplementedError
 
     def features(self, mel: Tensor) -> tuple[Tensor, ...]:
-        mel = self.mel_norm(mel.transpose(1, 2)).transpose(1, 2)
-        if self.training and self.recipe.mask:
-            mel = mask_mel(mel, self.recipe.mask)
-        return self.convolve(mel)
+        return self.convolve(self.mel_norm(mel.transpose(1, 2)).transpose(1, 2))
 
     def forward(self, audio: Tensor) -> tuple[Tensor, Tensor]:
         """(B, S) float in [-1, 1] -> frame logits and onset logits, (B, S // HOP_SIZE, K) each."""

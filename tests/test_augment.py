@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 import augment as augment_module
-from augment import augment, detuned_filters, equaliser, mask_mel, room, transform_length
+from augment import augment, detuned_filters, equaliser, room, transform_length
 from constants import HOP_SIZE, N_MELS, SAMPLE_RATE
 from model import LogMelSpectrogram
 
@@ -250,28 +250,3 @@ def test_segments_are_detuned_both_ways_within_bounds():
     plain = (own * torch.arange(1025)[:, None]).sum(dim=0) / own.sum(dim=0)
     semitones = (12 * (plain / centre).log2())[:, 100:200].mean(dim=1)  # filters moved down hear what is there as higher
     assert -0.201 < semitones.min() < -0.17 and 0.17 < semitones.max() < 0.201
-
-
-# --- masks ---
-
-def test_masks_hide_short_stretches_behind_the_mean():
-    mel = torch.randn(50, 200, N_MELS)
-    made = mask_mel(mel, 1)
-    hidden = made != mel
-    rows, columns = hidden.all(dim=2).sum(dim=1), hidden.all(dim=1).sum(dim=1)
-    assert 0 < rows.max() <= 2 * augment_module.MASK_FRAMES and 0 < columns.max() <= 2 * augment_module.MASK_BANDS
-    assert len(set(rows.tolist())) > 3 and len(set(columns.tolist())) > 10
-    means = mel.mean(dim=(1, 2), keepdim=True).expand_as(mel)
-    assert torch.equal(made[hidden], means[hidden])
-    assert torch.equal(hidden, hidden.all(dim=2, keepdim=True) | hidden.all(dim=1, keepdim=True))  # whole stripes, nothing else
-
-
-def test_masks_come_with_their_probability():
-    mel = torch.randn(200, 20, 30)
-    assert torch.equal(mask_mel(mel, 0), mel)
-    touched = sum(not torch.equal(a, b) for a, b in zip(mel, mask_mel(mel, 0.5)))
-    assert 70 < touched < 130
-
-
-def test_masks_wider_than_what_there_is():
-    assert torch.isfinite(mask_mel(torch.randn(20, 1, 2), 1)).all()

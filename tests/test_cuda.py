@@ -48,8 +48,8 @@ print(max(float((a - b).abs().max()) for a, b in zip(cpu, gpu)))
 def test_augmentation_stays_on_the_gpu():
     assert run("-c", """
 import torch
-from augment import augment, detuned_filters, mask_mel
+from augment import augment, detuned_filters
 audio = 0.1 * torch.randn(2, 16384, device="cuda")
-for part in (augment(audio, 12, 6, 1, 1), detuned_filters(2, 0.2, audio.device), mask_mel(audio[..., None], 1)):
+for part in (augment(audio, 12, 6, 1, 1), detuned_filters(2, 0.2, audio.device)):
     print(part.device.type, bool(torch.isfinite(part).all()))
 """).split() == ["cuda", "True"] * 3

@@ -335,7 +335,7 @@ torch.set_num_threads(1)
 train.autocast = lambda device: torch.autocast(device.type, enabled=False)
 model.Dropout.factors = lambda self, out: out.fill_(1)
 train.augment = lambda audio, *_: audio
-train.RECIPES["default"] = dataclasses.replace(train.RECIPES["default"], detune=0, mask=0)
+train.RECIPES["default"] = dataclasses.replace(train.RECIPES["default"], detune=0)
 
 def keep(net, recipe, clip=train.clip_gradients):
     if train.rank_and_world()[0] == 0:
