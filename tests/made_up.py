@@ -21,14 +21,14 @@ TONES_SECONDS = 20      # after which the made-up sound repeats
 
 @cache
 def tones() -> np.ndarray:
-    """(S,) float32: decaying tones on random keys, four a second."""
+    """(S,) float32, in steps of int16: decaying tones on random keys, four a second."""
     random, seconds = np.random.default_rng(0), np.arange(TONES_SECONDS * SAMPLE_RATE) / SAMPLE_RATE
     audio = np.zeros(len(seconds), dtype=np.float32)
     for onset in np.arange(0, TONES_SECONDS, 0.25):
         since = seconds[seconds >= onset] - onset
         hertz = 27.5 * 2 ** (random.integers(20, 70) / 12)
         audio[len(audio) - len(since) :] += (0.1 * np.exp(-3 * since) * np.sin(2 * np.pi * hertz * since)).astype(np.float32)
-    return np.clip(audio, -1, 1)
+    return audio_to_int16(audio) / np.float32(32768)
 
 
 def write_recording(path: Path, seconds: float) -> None:
@@ -63,10 +63,14 @@ def listen_for_music(net: nn.Module, logits_of: Callable[[Tensor], tuple[Tensor,
     """Spread and shift an untrained model's outputs until it hears about as much as there is in music: decoding needs its work."""
     for number, head, rate in ((1, "onset", ONSET_RATE), (0, "combined", FRAME_RATE)):  # frames after the onsets they hear of
         logit = logits_of(torch.from_numpy(tones()))[number].float().cpu()              # (T, K)
+        level = logit.quantile(1 - rate, dim=0)
+        if head == "onset":  # an onset is a rise, and may last some frames
+            rises = ((logit[1:] > level) & (logit[:-1] <= level)).sum()
+            level = logit.quantile(float(1 - rate * (rate * logit.numel() / rises).clamp(max=10)), dim=0)
         spread, layer, path = 3 / logit.std(dim=0), getattr(net, f"{head}_fc"), getattr(net, f"{head}_path", None)
         for linear in (layer, path) if path else (layer,):
             linear.weight *= spread[:, None].to(linear.weight.device)
-        layer.bias.copy_((layer.bias.cpu() - logit.quantile(1 - rate, dim=0)) * spread)
+        layer.bias.copy_((layer.bias.cpu() - level) * spread)
 
 
 @cache
