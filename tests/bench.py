@@ -381,7 +381,7 @@ def bench_scaling(args: argparse.Namespace) -> list[Row]:
 
 def training_run(args: argparse.Namespace, folder: Path, fast: bool) -> Work:
     """A run of train.py up to its last validation, as it is or in float32."""
-    flags = {name: getattr(args, name) for name in ("data", "iterations", "batch_size", "sequence_length", "device")}
+    flags = {name: getattr(args, name) for name in ("iterations", "batch_size", "sequence_length", "device")}
     flags |= {"validation_interval": args.iterations, "logdir": folder / str(fast), "cnn_unit": SIZES.cnn_unit, "fc_unit": SIZES.fc_unit}
 
     def work() -> Numbers:
@@ -389,7 +389,7 @@ def training_run(args: argparse.Namespace, folder: Path, fast: bool) -> Work:
             stack.enter_context(mock.patch.object(train, "test", lambda *_: None))  # the test split stays unseen
             for module in () if fast else (train, model):
                 stack.enter_context(mock.patch.object(module, "autocast", lambda device: contextlib.nullcontext()))
-            if train.main([f"--{name}={value}" for name, value in flags.items()]):
+            if train.main(["--data", *args.data, *(f"--{name}={value}" for name, value in flags.items())]):
                 raise OSError("train.py did not come to its end")
         return {"f1": read_checkpoint(flags["logdir"] / f"model-{args.iterations}.pt")["best"]}
     return work
@@ -418,7 +418,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--sequence_length", type=int, default=102400, help="samples in a segment")
     add("--minutes", type=float, default=3, help="transcribe: length of the recording that both sides transcribe")
     add("--long", action="store_true", help="transcribe: a recording of three hours too")
-    add("--data", help="accuracy: data folder, see prepare.py")
+    add("--data", nargs="+", help="accuracy: data folders, see prepare.py")
     add("--iterations", type=int, default=1000, help="accuracy: training steps")
     add("--device", default="auto", help="auto, cpu, cuda or mps")
     add("--json", type=Path, default=Path("bench.json"), help="where every number goes")
