@@ -54,6 +54,15 @@ class Recording:
         return audio
 
 
+def fetch_pages(audio: np.ndarray, first: int, last: int) -> None:
+    """Ask for samples first to last of a mapped file at once; page by page a disk is twenty times slower."""
+    mapping = getattr(audio, "_mmap", None)
+    if first < last and mapping is not None and hasattr(mapping, "madvise"):
+        begin, end = (audio.offset % mmap.ALLOCATIONGRANULARITY + number * audio.itemsize for number in (first, last))
+        begin -= begin % mmap.PAGESIZE
+        mapping.madvise(mmap.MADV_WILLNEED, begin, end - begin)
+
+
 def forget_pages(audio: np.ndarray) -> None:
     """Let go of what was read of a mapped file; else all of a large data set would come to count as this process's memory."""
     mapping = getattr(audio, "_mmap", None)
@@ -229,7 +238,9 @@ class Segments(torch.utils.data.Dataset):
         """The segment of recording `number` that begins with frame `start`; beyond the end of the audio all is silent."""
         recording = self.recordings[number]
         audio = np.zeros(self.sequence_length, dtype=np.float32)
-        piece = recording.audio[start * HOP_SIZE : start * HOP_SIZE + self.sequence_length]
+        first, last = start * HOP_SIZE, min(start * HOP_SIZE + self.sequence_length, len(recording.audio))
+        fetch_pages(recording.audio, first, last)
+        piece = recording.audio[first:last]
         np.multiply(piece, np.float32(1 / INT16), out=audio[: len(piece)])
         forget_pages(recording.audio)
         rolls = np.zeros((2, self.n_frames, N_KEYS), dtype=np.float32)

@@ -351,3 +351,12 @@ def test_names_stay_in_the_folder(tmp_path, name):
     (tmp_path / "data.json").write_text(json.dumps([row]))
     with pytest.raises(ValueError, match=r"data\.json: is not a table of recordings .*lies outside the folder"):
         read_table(tmp_path)
+
+
+def test_segments_of_a_mapped_file_are_those_of_memory(tmp_path):
+    audio = np.random.default_rng(0).integers(-30000, 30000, 40 * HOP_SIZE + 77, dtype=np.int16)
+    np.save(tmp_path / "audio.npy", audio)
+    mapped = Segments([Recording("mapped", np.load(tmp_path / "audio.npy", mmap_mode="r"), NO_NOTES)], 7 * HOP_SIZE, 0)
+    held = Segments([Recording("held", audio, NO_NOTES)], 7 * HOP_SIZE, 0)
+    for start in (0, 1, 20, 33, 39, 40, 41, 60):  # the last ones reach past the end, or begin there
+        assert torch.equal(mapped.cut(0, start)["audio"], held.cut(0, start)["audio"])
