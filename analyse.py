@@ -262,7 +262,7 @@ def errors_figure(counts: Counts, title: str) -> "Figure":
         if values.any():
             offsets.bar_label(offsets.bar(OFFSETS, values, bottom=base, color=color, label=ender), label_type="center")
             base += values
-    offsets.set(ylabel="found notes", title="their offsets, by what ended the note")
+    offsets.set(ylabel="found notes", title="offsets of the found notes, by what ended them")
     if base.any():
         offsets.legend()
 
@@ -277,7 +277,7 @@ def errors_figure(counts: Counts, title: str) -> "Figure":
             base += values
         for x, (height, n) in enumerate(zip(base, whole)):
             axes.annotate(f"{n}", (x, height), ha="center", va="bottom", fontsize=8)
-        axes.set(xlabel=name, ylabel="% of reference notes", title=f"missed, by {name}, of so many", ylim=(0, 109))
+        axes.set(xlabel=name, ylabel="% of reference notes", title=f"missed, by {name} (of so many)", ylim=(0, 109))
         axes.tick_params(axis="x", labelrotation=30)
     bands = filled(counts["by_octave"])
     octave.plot(list(bands), [100 * sum(row["extra"].values()) / row["estimated"] if row["estimated"] else np.nan for row in bands.values()],
