@@ -37,7 +37,7 @@ def text_of(output: nbformat.NotebookNode) -> str:
 
 
 def test_there_are_notebooks():
-    assert {"dataset.ipynb", "results.ipynb", "spectrogram_and_pitch.ipynb"} <= set(NOTEBOOKS)
+    assert {"dataset.ipynb", "models.ipynb", "results.ipynb", "spectrogram_and_pitch.ipynb"} == set(NOTEBOOKS)
 
 
 @pytest.mark.parametrize("name", NOTEBOOKS)
