@@ -155,7 +155,8 @@ def render_midi(midi: pretty_midi.PrettyMIDI, soundfont: str | Path | None = Non
     with open(soundfont, "rb") as file:  # looked at first, because FluidSynth complains in its own lines
         if (head := file.read(12))[:4] != b"RIFF" or head[8:] != b"sfbk":
             raise ValueError(f"{soundfont}: is not a SoundFont")
-    synth = fluidsynth.Synth(gain=0.5, samplerate=float(RENDER_RATE))
+    # without the last setting every sample of a SoundFont is read, 490 MB for one piano of MuseScore's
+    synth = fluidsynth.Synth(gain=0.5, samplerate=float(RENDER_RATE), **{"synth.dynamic-sample-loading": 1})
     try:
         font = synth.sfload(str(soundfont))
         if font == -1:
