@@ -362,7 +362,7 @@ def test_train_refuses_flags_out_of_range(flags, tmp_path, monkeypatch, capsys):
 
 
 @pytest.mark.parametrize("main, flags", [
-    (evaluate.main, []), (evaluate.main, ["x.pt", "--split", "practice"]), (evaluate.main, ["x.pt", "--reference", "ear"]),
+    (evaluate.main, ["x.pt", "--split", "practice"]), (evaluate.main, ["x.pt", "--reference", "ear"]),
     (transcribe.main, []), (transcribe.main, ["x.pt"]), (prepare.main, []), (prepare.main, ["bake", "x"]),
     (prepare.main, ["maestro", "a", "b", "--train", "0"]), (prepare.main, ["demo", "x", "--num_workers", "0"])])
 def test_the_others_refuse_flags_out_of_range(main, flags, tmp_path, monkeypatch):
@@ -370,6 +370,14 @@ def test_the_others_refuse_flags_out_of_range(main, flags, tmp_path, monkeypatch
     with pytest.raises(SystemExit) as stop:
         main(flags)
     assert stop.value.code == 2 and not list(tmp_path.iterdir())
+
+
+def test_evaluation_without_data_says_so(tmp_path, monkeypatch, capsys):
+    """No flag is needed: the released checkpoint on the folder `data`; here there is none."""
+    monkeypatch.chdir(tmp_path)
+    assert evaluate.main([]) == 1
+    error = capsys.readouterr().err
+    assert error.startswith("evaluate.py: data: is no folder") and error.count("\n") == 1 and not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize("script", ["evaluate.py", "transcribe.py", "train.py"])
