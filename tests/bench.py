@@ -363,6 +363,7 @@ def share_of_training(args: argparse.Namespace) -> None:
     if os.environ["RANK"] == "0":
         write_json(args.json, seconds)
     if not alone:
+        dist.barrier()  # no process leaves while another still talks to it
         dist.destroy_process_group()
 
 
