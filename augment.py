@@ -115,14 +115,22 @@ def augment(audio: Tensor, gain_db: float, equalise_db: float, room_probability:
     return audio * decibels(-uniform(0, gain_db, batch, 1, device=audio.device)) if gain_db else audio
 
 
-def detuned_filters(batch: int, semitones: float, device: torch.device) -> Tensor:
-    """(B, F, M) mel filters that hear each segment sharper or flatter by up to this many semitones, and not faster or slower.
+def shifted_filters(semitones: Tensor) -> Tensor:
+    """(B,) semitones -> (B, F, M) mel filters that hear each segment so much sharper, and not faster.
 
     They are the triangles of the plain filter bank (HTK's mel scale), where the Fourier bin at f Hz counts as the one at
-    f * 2 ** (semitones / 12). Hawthorne et al. 2019 draw +-0.1 semitones, Transkun +-0.2.
+    f * 2 ** (semitones / 12).
     """
+    device = semitones.device
     corners = torch.linspace(*(2595 * math.log10(1 + hertz / 700) for hertz in (F_MIN, F_MAX)), N_MELS + 2, device=device)
     corners = 700 * (10 ** (corners / 2595) - 1)                                                        # (M + 2,) Hz
-    heard = frequencies(N_FFT, device) * 2 ** (uniform(-semitones, semitones, batch, 1, device=device) / 12)  # (B, F)
+    heard = frequencies(N_FFT, device) * 2 ** (semitones[:, None] / 12)                                 # (B, F)
     slopes = (heard[..., None] - corners[:-1]) / corners.diff()                                         # (B, F, M + 1)
     return torch.minimum(slopes[..., :-1], 1 - slopes[..., 1:]).clamp(min=0)
+
+
+def transposed(roll: Tensor, keys: Tensor) -> Tensor:
+    """(B, T, K) rolls, each moved up by so many of `keys` (B,); what leaves the keyboard is lost."""
+    source = torch.arange(roll.shape[2], device=roll.device) - keys[:, None]                            # (B, K)
+    inside = (source >= 0) & (source < roll.shape[2])
+    return roll.gather(2, source.clamp(0, roll.shape[2] - 1)[:, None].expand_as(roll)) * inside[:, None]

@@ -76,7 +76,7 @@ class PoolRectifyDrop(Dropout):
         if not self.training:
             return torch.maximum(*pairs(x)).relu_()
         half = torch.empty_like(x[..., : x.shape[3] // 2])
-        return PooledRectifiedDropped.apply(x, self.factors(half) if self.p else torch.ones_like(half))
+        return PooledRectifiedDropped.apply(x, self.factors(half) if self.p else torch.ones_like(half), 1 / (1 - self.p))
 
 
 def pairs(x: Tensor) -> tuple[Tensor, Tensor]:
@@ -86,24 +86,24 @@ def pairs(x: Tensor) -> tuple[Tensor, Tensor]:
 
 
 class PooledRectifiedDropped(torch.autograd.Function):
-    """What PoolRectifyDrop does in training, with the factors that dropout drew. Of two equal bands the first has the gradient."""
+    """What PoolRectifyDrop does in training, with the factors that dropout drew: 0 or `scale`. Of two equal bands the first
+    has the gradient. Which features passed is read off the output, which the next layer keeps anyway."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, factors: Tensor) -> Tensor:
+    def forward(ctx: Any, x: Tensor, factors: Tensor, scale: float) -> Tensor:
         left, right = pairs(x)
-        y = torch.maximum(left, right)
-        passed = torch.gt(y, 0, out=torch.empty_like(y)).mul_(factors)
-        ctx.save_for_backward(torch.ge(left, right, out=torch.empty_like(y)), passed)
-        ctx.like = torch.empty_like(x, device="meta")
-        return y.relu_().mul_(factors)
+        y = torch.maximum(left, right).relu_().mul_(factors)
+        ctx.save_for_backward(torch.ge(left, right, out=torch.empty_like(y)), y)
+        ctx.like, ctx.scale = torch.empty_like(x, device="meta"), scale
+        return y
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        is_left, passed = ctx.saved_tensors
-        grad = grad * passed
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+        is_left, y = ctx.saved_tensors
+        grad = torch.gt(y, 0, out=torch.empty_like(y)).mul_(ctx.scale).mul_(grad)
         whole = torch.empty_like(ctx.like, dtype=grad.dtype, device=grad.device)
         left, right = pairs(whole)
         torch.mul(grad, is_left, out=left)
         torch.sub(grad, left, out=right)
         whole[..., grad.shape[3] * 2 :] = 0  # the last of an odd number of bands is in no pair
-        return whole, None
+        return whole, None, None

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 import constants
-from augment import detuned_filters
+from augment import shifted_filters
 from constants import F_MAX, F_MIN, HOP_SIZE, N_FFT, N_KEYS, N_MELS, SAMPLE_RATE
 from files import written_whole
 from layers import BatchNorm, Dropout, PoolRectifyDrop
@@ -60,13 +60,14 @@ class Recipe:
     room: float = 0.5                # probability of reverberation in a segment
     noise: float = 0.5               # probability of noise in a segment
     detune: float = 0.2              # segments are heard sharper or flatter by up to this many semitones
+    transpose: int = 0               # and moved by up to this many whole ones, with their labels
 
     def __post_init__(self) -> None:
         if self.onset_target not in ONSET_TARGETS:
             raise ValueError(f"onset_target is one of {', '.join(ONSET_TARGETS)}, not {self.onset_target!r}")
 
 
-RECIPES = {"default": Recipe(), "course": Recipe(False, False, False, False, False, False, False, 6e-4, "one", 0.0, 0.0, 0.0, 0.0, 0.0)}
+RECIPES = {"default": Recipe(), "course": Recipe(False, False, False, False, False, False, False, 6e-4, "one", 0.0, 0.0, 0.0, 0.0, 0.0, 0)}
 
 
 def parse_recipe(text: str) -> Recipe:
@@ -206,10 +207,9 @@ class Transcriber(nn.Module):
     def features(self, mel: Tensor) -> tuple[Tensor, ...]:
         return self.convolve(self.mel_norm(mel.transpose(1, 2)).transpose(1, 2))
 
-    def forward(self, audio: Tensor) -> tuple[Tensor, Tensor]:
-        """(B, S) float in [-1, 1] -> frame logits and onset logits, (B, S // HOP_SIZE, K) each."""
-        detune = self.recipe.detune if self.training else 0
-        filters = detuned_filters(len(audio), detune, audio.device) if detune else None
+    def forward(self, audio: Tensor, semitones: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """(B, S) float in [-1, 1] -> frame logits and onset logits, (B, S // HOP_SIZE, K) each; `semitones` (B,) sharper."""
+        filters = None if semitones is None else shifted_filters(semitones)
         return self.recur(*self.features(self.melspectrogram(audio, filters)))
 
     @torch.inference_mode()

@@ -26,8 +26,8 @@ class Notes:
 
     Attributes:
         intervals: (N, 2) float64, onset and offset in seconds.
-        pitches: (N,) int64, MIDI numbers.
-        velocities: (N,) int64, 1..127.
+        pitches: (N,) int32, MIDI numbers.
+        velocities: (N,) int32, 1..127.
     """
 
     intervals: np.ndarray
@@ -36,11 +36,11 @@ class Notes:
 
     def __post_init__(self) -> None:
         intervals = np.asarray(self.intervals, dtype=np.float64).reshape(-1, 2)
-        pitches = np.asarray(self.pitches, dtype=np.int64)
+        pitches = np.asarray(self.pitches, dtype=np.int32)
         order = np.lexsort((pitches, intervals[:, 0]))
         object.__setattr__(self, "intervals", intervals[order])
         object.__setattr__(self, "pitches", pitches[order])
-        object.__setattr__(self, "velocities", np.asarray(self.velocities, dtype=np.int64)[order])
+        object.__setattr__(self, "velocities", np.asarray(self.velocities, dtype=np.int32)[order])
 
     def __len__(self) -> int:
         return len(self.pitches)
@@ -53,7 +53,7 @@ class Notes:
 
 def seconds_to_frames(seconds: np.ndarray) -> np.ndarray:
     """The frame that covers each moment. Rounds to a sample first: 3.2 s is the start of frame 100, whatever floats say."""
-    return np.round(np.asarray(seconds) * SAMPLE_RATE).astype(np.int64) // HOP_SIZE
+    return np.rint(np.asarray(seconds) * SAMPLE_RATE).astype(np.int64) // HOP_SIZE
 
 
 def frames_to_seconds(frames: np.ndarray) -> np.ndarray:
@@ -77,15 +77,18 @@ def notes_to_rolls(notes: Notes, n_frames: int, start: int = 0) -> tuple[np.ndar
     """
     onset, frame = np.zeros((2, n_frames, N_KEYS), dtype=np.uint8)
     low, high = (start - 1) * HOP_SIZE / SAMPLE_RATE, (start + n_frames + 1) * HOP_SIZE / SAMPLE_RATE
-    near = np.flatnonzero(notes.intervals[: np.searchsorted(notes.intervals[:, 0], high), 1] > low)  # all that can be seen, and few more
-    first = seconds_to_frames(notes.intervals[near, 0]) - start
+    near = (notes.intervals[: notes.intervals[:, 0].searchsorted(high), 1] > low).nonzero()[0]  # all that can be seen, and few more
+    keys = notes.pitches[near] - MIN_MIDI
     # one sample back: a note that ends where frame t begins does not sound in frame t
-    last = np.maximum(seconds_to_frames(notes.intervals[near, 1] - 1 / SAMPLE_RATE) - start, first)
-    inside = (first < n_frames) & (last >= 0)
-    for a, b, key in zip(*(part[inside].tolist() for part in (first, last, notes.pitches[near] - MIN_MIDI))):
-        frame[max(a, 0) : b + 1, key] = 1
-        if a >= 0:
-            onset[a, key] = 1
+    first, last = (seconds_to_frames(notes.intervals[near] - (0, 1 / SAMPLE_RATE)) - start).T
+    stop = np.minimum(np.maximum(last, first) + 1, n_frames)
+    begin = np.maximum(first, 0)
+    lengths = np.maximum(stop - begin, 0)
+    # the frames begin, begin + 1, … of every note, one note after the other: no loop over notes
+    places = np.arange(lengths.sum()) + np.repeat(begin - lengths.cumsum() + lengths, lengths)
+    frame[places, np.repeat(keys, lengths)] = 1
+    struck = (first >= 0) & (first < n_frames)
+    onset[first[struck], keys[struck]] = 1
     return onset, frame
 
 

@@ -20,7 +20,7 @@ from torch.nn.utils import clip_grad_norm_
 from tqdm import tqdm
 
 import prepare
-from augment import augment
+from augment import augment, transposed, uniform
 from constants import HOP_SIZE, SAMPLE_RATE
 from dataset import Recording, Segments, find_table, folders_of, load_split
 from evaluate import estimated_notes, format_table, predict, score, summarise, tune_thresholds, write_results
@@ -80,10 +80,22 @@ def batches(segments: Segments, batch_size: int, first: int, last: int, workers:
         yield {name: value.to(device, non_blocking=True) if name != "recording" else value for name, value in batch.items()}
 
 
+def augmented(batch: dict[str, Tensor], recipe: Recipe) -> dict[str, Tensor]:
+    """The batch as another piano in another room might have played it; `semitones` (B,) says how much sharper it is to be heard."""
+    audio, device = batch["audio"], batch["audio"].device
+    batch = {**batch, "audio": augment(audio, recipe.gain_db, recipe.equalise_db, recipe.room, recipe.noise)}
+    if recipe.transpose or recipe.detune:
+        keys = torch.randint(-recipe.transpose, recipe.transpose + 1, (len(audio),), device=device)
+        batch["semitones"] = keys + uniform(-recipe.detune, recipe.detune, len(audio), device=device)
+        if recipe.transpose:
+            batch |= {name: transposed(batch[name], keys) for name in ("onset", "frame")}
+    return batch
+
+
 def losses_of(model: nn.Module, batch: dict[str, Tensor], device: torch.device) -> dict[str, Tensor]:
     """Binary cross entropy of each head against its own roll."""
     with autocast(device):
-        frame_logit, onset_logit = model(batch["audio"])                                   # (B, T, K) each
+        frame_logit, onset_logit = model(batch["audio"], batch.get("semitones"))           # (B, T, K) each
     bce = nn.functional.binary_cross_entropy_with_logits
     return {"frame_loss": bce(frame_logit.float(), batch["frame"]), "onset_loss": bce(onset_logit.float(), batch["onset"])}
 
@@ -91,6 +103,17 @@ def losses_of(model: nn.Module, batch: dict[str, Tensor], device: torch.device) 
 def clip_gradients(model: nn.Module, recipe: Recipe) -> None:
     for group in [list(model.parameters())] if recipe.clip_jointly else [[p] for p in model.parameters()]:
         clip_grad_norm_(group, MAX_NORM)
+
+
+def training_step(model: nn.Module, recipe: Recipe, optimizer: torch.optim.Optimizer, batch: dict[str, Tensor],
+                  device: torch.device) -> dict[str, Tensor]:
+    """Learn from one batch; gives its losses."""
+    losses = losses_of(model, augmented(batch, recipe), device)
+    optimizer.zero_grad()
+    sum(losses.values()).backward()
+    clip_gradients(model, recipe)
+    optimizer.step()
+    return {name: loss.detach() for name, loss in losses.items()}
 
 
 def any_rank(*flags: bool) -> list[bool]:
@@ -300,16 +323,10 @@ def train(args: argparse.Namespace, data: dict[str, list[Recording]], device: to
         for step, batch in zip(bar, batches(segments, args.batch_size, first, args.iterations, args.num_workers, device)):
             # augmentation and dropout too are drawn from the seed and the step alone: that is the whole random state of a run
             torch.manual_seed(int(np.random.SeedSequence((args.seed, step, rank)).generate_state(1, np.uint64)[0] >> 1))
-            batch["audio"] = augment(batch["audio"], recipe.gain_db, recipe.equalise_db, recipe.room, recipe.noise)
-            losses = losses_of(parallel, batch, device)
-            loss = sum(losses.values())
-            optimizer.zero_grad()
-            loss.backward()
-            clip_gradients(model, recipe)
-            optimizer.step()
+            losses = training_step(parallel, recipe, optimizer, batch, device)
             schedule.step()
             validating = step % args.validation_interval == 0 or step == args.iterations
-            unseen.append((step, loss.detach(), batch["recording"]))
+            unseen.append((step, sum(losses.values()), batch["recording"]))
             stopping = False
             if validating or step % look == 0:
                 values = torch.stack([loss for _, loss, _ in unseen]).tolist()

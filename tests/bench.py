@@ -82,7 +82,7 @@ def training(batches: Iterator[dict[str, Tensor]], learn: Callable[[dict[str, Te
 
 def our_training(args: argparse.Namespace, make_recordings: Callable[[], list[Recording]], recipe_name: str = "default",
                  parallel: Callable = lambda net: net) -> Work:
-    """Training as train.py does it: all that this file knows of its loop."""
+    """Training as train.py does it."""
     train.keep_pages()
     torch.manual_seed(0)
     device, recipe = pick_device(args.device), model.RECIPES[recipe_name]
@@ -92,14 +92,9 @@ def our_training(args: argparse.Namespace, make_recordings: Callable[[], list[Re
     wrapped = parallel(net)
 
     def learn(batch: dict[str, Tensor]) -> None:
-        batch["audio"] = train.augment(batch["audio"], recipe.gain_db, recipe.equalise_db, recipe.room, recipe.noise)
-        loss = sum(train.losses_of(wrapped, batch, device).values())
-        optimizer.zero_grad()
-        loss.backward()
-        train.clip_gradients(net, recipe)
-        optimizer.step()
+        losses = train.training_step(wrapped, recipe, optimizer, batch, device)
         if device.type == "cpu":
-            train.any_rank(not math.isfinite(loss.item()))
+            train.any_rank(not math.isfinite(sum(losses.values()).item()))
     return training(train.batches(segments, args.batch_size, 1, 10000, 0, device), learn, device)
 
 

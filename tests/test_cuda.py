@@ -48,8 +48,9 @@ print(max(float((a - b).abs().max()) for a, b in zip(cpu, gpu)))
 def test_augmentation_stays_on_the_gpu():
     assert run("-c", """
 import torch
-from augment import augment, detuned_filters
+from augment import augment, shifted_filters, transposed
 audio = 0.1 * torch.randn(2, 16384, device="cuda")
-for part in (augment(audio, 12, 6, 1, 1), detuned_filters(2, 0.2, audio.device)):
+keys = torch.tensor([-1, 2], device="cuda")
+for part in (augment(audio, 12, 6, 1, 1), shifted_filters(keys + 0.2), transposed(torch.ones(2, 3, 88, device="cuda"), keys)):
     print(part.device.type, bool(torch.isfinite(part).all()))
-""").split() == ["cuda", "True"] * 3
+""").split() == ["cuda", "True"] * 4
