@@ -54,13 +54,13 @@ class Recipe:
     cosine: bool = True              # warm-up and cosine to zero; else x 0.98 per 1000 steps
     clip_jointly: bool = True        # one gradient norm for all parameters; else each parameter by itself
     learning_rate: float = 1e-3      # at its peak
-    onset_target: str = "one"        # frame of the strike; or "two" frames; or "soft", a triangle of +-50 ms: see `notes.py`
+    onset_target: str = "two"        # frames that an onset lasts; or "one"; or "soft", a triangle of +-50 ms: see `notes.py`
     gain_db: float = 12.0            # segments are made softer by up to this many dB; this and the next: see `augment.py`
     equalise_db: float = 6.0         # octave bands are made softer or louder by up to this many dB
     room: float = 0.5                # probability of reverberation in a segment
     noise: float = 0.5               # probability of noise in a segment
     detune: float = 0.2              # segments are heard sharper or flatter by up to this many semitones
-    transpose: int = 0               # and moved by up to this many whole ones, with their labels
+    transpose: int = 3               # and moved by up to this many whole ones, with their labels
 
     def __post_init__(self) -> None:
         if self.onset_target not in ONSET_TARGETS:
@@ -311,7 +311,7 @@ class OnsetsAndFrames(Transcriber):
         self.onset_lstm, self.onset_path = bi_lstm(sizes.fc_unit, sizes.lstm_unit), self.path(sizes.fc_unit)
         self.onset_fc = self.output(2 * sizes.lstm_unit, ONSET_RATE)
         self.frame_fc = nn.Linear(sizes.fc_unit, N_KEYS)
-        self.combined_lstm, self.combined_path = bi_lstm(2 * N_KEYS, sizes.lstm_unit), self.path(2 * N_KEYS)
+        self.combined_lstm = bi_lstm(2 * N_KEYS, sizes.lstm_unit)
         self.combined_fc = self.output(2 * sizes.lstm_unit, FRAME_RATE)
 
     def convolve(self, mel: Tensor) -> tuple[Tensor, ...]:
@@ -320,7 +320,8 @@ class OnsetsAndFrames(Transcriber):
     def recur(self, frame: Tensor, onset: Tensor) -> tuple[Tensor, Tensor]:
         onset = recurrent_head(onset, self.onset_lstm, self.onset_fc, self.onset_path)          # (B, T, C) -> (B, T, K)
         combined = self.combined_norm(torch.cat([frame, onset.detach()], dim=-1))               # (B, T, 2K)
-        return recurrent_head(combined, self.combined_lstm, self.combined_fc, self.combined_path), onset
+        logit = recurrent_head(combined, self.combined_lstm, self.combined_fc, None)            # (B, T, 2K) -> (B, T, K)
+        return logit + frame if self.recipe.residual else logit, onset
 
 
 MODELS = {"baseline": Baseline, "rnn": RNN, "crnn": CRNN, "onf": OnsetsAndFrames}
