@@ -16,25 +16,30 @@ from constants import HOP_SIZE, MIN_MIDI, SAMPLE_RATE
 from dataset import SPLITS, Recording, folders_of, load_split
 from files import write_json, written_whole
 from model import RELEASED, Transcriber, keep_pages, model_of, pick_device, read_checkpoint, share_checkpoint
-from notes import Notes, frames_to_seconds, notes_to_rolls
+from notes import ONSET_PLACES, Notes, frames_to_seconds, notes_to_rolls
 
 VELOCITY = 80  # the models hear no loudness; every note they write is mezzo-forte
 THRESHOLDS = np.arange(1, 10) / 10  # what tune_thresholds tries
 
 
-def extract_notes(onset: np.ndarray, frame: np.ndarray, onset_threshold: float = 0.5, frame_threshold: float = 0.5) -> Notes:
+def extract_notes(onset: np.ndarray, frame: np.ndarray, onset_threshold: float = 0.5, frame_threshold: float = 0.5,
+                  onset_target: str = "one") -> Notes:
     """Read notes off two piano rolls: a key starts at a rising onset and lasts while its frames do.
 
     Source: Hawthorne et al., "Onsets and Frames", ISMIR 2018. An onset over several frames is one note, which sounds at
-    least that long, whether or not the frame roll agrees; our own rule is that a new onset ends the note before it.
+    least that long, whether or not the frame roll agrees; our own rule is that a new onset ends the note before it. Where an
+    onset spans several frames, the centre of mass of its probability tells the strike more finely than the first of them:
+    Kong et al. 2021 read it off two of them, here four count, from the one before.
 
     Args:
         onset: (T, 88), probability that the key is struck in frame t.
         frame: (T, 88), probability that the key sounds in frame t.
         onset_threshold, frame_threshold: probability from which each counts, in (0, 1).
+        onset_target: what `onset` tells of a strike: a shape of `onset_targets`.
 
     Returns:
-        Notes in order of onset, at the centres of their first and last frames; a note of one frame lasts half a frame.
+        Notes in order of onset. With the onset target "one" they begin at the centre of their first frame, with the others up to a
+        frame and a half earlier or later; they end at the centre of their last frame, and last half a frame at least.
         Silence gives zero notes, with intervals of shape (0, 2).
 
     Raises:
@@ -55,9 +60,17 @@ def extract_notes(onset: np.ndarray, frame: np.ndarray, onset_threshold: float =
     stops = silences[np.searchsorted(silences, starts)] if len(starts) else starts  # first silent frame after each onset
     stops[:-1] = np.minimum(stops[:-1], starts[1:])
     keys, first = np.divmod(starts, n_frames + 1)
-    onsets = frames_to_seconds(first)
+    onsets = frames_to_seconds(first + (0 if onset_target == "one" else shift_of_strikes(onset, first, keys, onset_target)))
     offsets = np.maximum(frames_to_seconds(first + (stops - starts) - 1), onsets + 0.5 * HOP_SIZE / SAMPLE_RATE)
     return Notes(np.stack([onsets, offsets], axis=1), keys + MIN_MIDI, np.full(len(keys), VELOCITY))
+
+
+def shift_of_strikes(onset: np.ndarray, first: np.ndarray, keys: np.ndarray, onset_target: str) -> np.ndarray:
+    """(N,) frames by which strikes lie after the frames `first` in which their onsets rise, see `extract_notes`."""
+    places = np.arange(-1, 3)
+    frames = first[:, None] + places                                                                    # (N, 4)
+    near = onset[frames.clip(0, len(onset) - 1), keys[:, None]] * ((frames >= 0) & (frames < len(onset)))
+    return near @ places / near.sum(axis=1) - np.mean(ONSET_PLACES[onset_target])
 
 
 def f1_of(true: float, n_est: float, n_ref: float) -> tuple[float, float, float]:
@@ -100,26 +113,26 @@ def probability(logit: np.ndarray) -> np.ndarray:
     return 0.5 * (1 + np.tanh(0.5 * logit))
 
 
-def estimated_notes(logits: tuple[np.ndarray, np.ndarray], thresholds: dict[str, float]) -> Notes:
-    """The notes in frame and onset logits, (T, 88) each."""
+def estimated_notes(logits: tuple[np.ndarray, np.ndarray], thresholds: dict[str, float], onset_target: str) -> Notes:
+    """The notes in frame and onset logits, (T, 88) each; a model's `thresholds`, and the `onset_target` of its recipe."""
     frame, onset = (probability(logit) for logit in logits)
-    return extract_notes(onset, frame, thresholds["onset"], thresholds["frame"])
+    return extract_notes(onset, frame, thresholds["onset"], thresholds["frame"], onset_target)
 
 
 def score(recording: Recording, logits: tuple[np.ndarray, np.ndarray], thresholds: dict[str, float],
-          reference: str = "midi") -> dict[str, float]:
+          onset_target: str, reference: str = "midi") -> dict[str, float]:
     """All metrics of one recording.
 
     Args:
         logits: frame and onset, (T, 88) each.
-        thresholds: probabilities for "onset" and "frame".
+        thresholds, onset_target: as for `estimated_notes`.
         reference: "midi" scores against the MIDI file's own seconds, as published tables do; "roll" against notes read
             off the quantised rolls, as the course does, which hides up to 32 ms of error.
     """
     frame_logit, onset_logit = logits
     n_frames = len(frame_logit)
     onset_roll, frame_roll = notes_to_rolls(recording.notes, n_frames)
-    est = estimated_notes(logits, thresholds)
+    est = estimated_notes(logits, thresholds, onset_target)
     ref = recording.notes if reference == "midi" else extract_notes(onset_roll, frame_roll)
     bce = torch.nn.functional.binary_cross_entropy_with_logits
     losses = {f"metric/loss/{name}_loss": float(bce(torch.from_numpy(logit), torch.from_numpy(roll).float()))
@@ -128,7 +141,7 @@ def score(recording: Recording, logits: tuple[np.ndarray, np.ndarray], threshold
             **roll_metrics("onset", onset_roll > 0, probability(onset_logit) >= thresholds["onset"]), **note_metrics(ref, est)}
 
 
-def tune_thresholds(recordings: list[Recording], logits: list[tuple[np.ndarray, np.ndarray]]) -> dict[str, float]:
+def tune_thresholds(recordings: list[Recording], logits: list[tuple[np.ndarray, np.ndarray]], onset_target: str) -> dict[str, float]:
     """The onset threshold with the best mean note F1, then the frame threshold with the best mean of frame F1 and
     note-with-offsets F1, for both rest on it; of THRESHOLDS."""
     best = {"onset": 0.5, "frame": 0.5}
@@ -141,7 +154,7 @@ def tune_thresholds(recordings: list[Recording], logits: list[tuple[np.ndarray, 
         means = []
         for threshold in THRESHOLDS:
             tried = {**best, head: float(threshold)}
-            means.append(np.mean([note_metrics(recording.notes, estimated_notes(logit, tried), (name,))[f"metric/{name}/f1"]
+            means.append(np.mean([note_metrics(recording.notes, estimated_notes(logit, tried, onset_target), (name,))[f"metric/{name}/f1"]
                                   + (f1_of_frames(recording, logit[0], threshold) if head == "frame" else 0)
                                   for recording, logit in zip(recordings, logits)]))
         if max(means) > 0:
@@ -154,9 +167,9 @@ def evaluate_split(model: Transcriber, recordings: list[Recording], reference: s
     """The metrics of each recording, with the model's own thresholds; what was heard in each is added to `heard`, where given."""
     rows = []
     for recording, logits in zip(recordings, predict(model, recordings)):
-        rows.append(score(recording, logits, model.thresholds, reference))
+        rows.append(score(recording, logits, model.thresholds, model.recipe.onset_target, reference))
         if heard is not None:
-            heard.append(estimated_notes(logits, model.thresholds))
+            heard.append(estimated_notes(logits, model.thresholds, model.recipe.onset_target))
     return rows
 
 

@@ -24,6 +24,7 @@ from augment import shifted_filters
 from constants import F_MAX, F_MIN, HOP_SIZE, N_FFT, N_KEYS, N_MELS, SAMPLE_RATE
 from files import written_whole
 from layers import BatchNorm, Dropout, PoolRectifyDrop
+from notes import ONSET_PLACES
 
 # Base rates per frame and key, from MAESTRO v2: 7.13 M notes in 201.2 h; keys sound in about 3 % of all places.
 ONSET_RATE = 0.0036
@@ -32,9 +33,6 @@ CONTEXT = 3         # frames that three 3 x 3 convolutions see to either side
 SIDE = (N_FFT - HOP_SIZE) // 2  # samples that a Fourier window reaches past its frame on either side
 RELEASED = Path(__file__).parent / "runs" / "released" / "onf.pt"  # the checkpoint that comes with the code
 CHUNK_FRAMES = 512  # frames convolved at a time in a long recording, 16 s: big enough to be fast, flat in memory
-
-
-ONSET_TARGETS = ("one", "two", "soft")  # shapes of `onset_targets` in `notes.py`
 
 
 @dataclass(frozen=True)
@@ -63,8 +61,8 @@ class Recipe:
     transpose: int = 3               # and moved by up to this many whole ones, with their labels
 
     def __post_init__(self) -> None:
-        if self.onset_target not in ONSET_TARGETS:
-            raise ValueError(f"onset_target is one of {', '.join(ONSET_TARGETS)}, not {self.onset_target!r}")
+        if self.onset_target not in ONSET_PLACES:
+            raise ValueError(f"onset_target is one of {', '.join(ONSET_PLACES)}, not {self.onset_target!r}")
 
 
 RECIPES = {"default": Recipe(), "course": Recipe(False, False, False, False, False, False, False, 6e-4, "one", 0.0, 0.0, 0.0, 0.0, 0.0, 0)}

@@ -17,6 +17,7 @@ from files import written_whole
 PEDAL_DOWN = 64     # CC64 from which the sustain pedal holds; the MIDI standard's switch point
 SUSTAIN_PEDAL = 64  # MIDI controller number
 SOFT_SECONDS = 0.05  # from the peak of a soft onset to its feet; Kong et al. 2021, Toyama et al. 2023
+ONSET_PLACES = {"one": (0,), "two": (0, 1), "soft": (-2, -1, 0, 1, 2)}  # frames that tell of a strike, counted from its own
 TICKS_PER_BEAT = 960  # at 120 BPM a tick is 0.52 ms
 
 
@@ -106,8 +107,7 @@ def onset_targets(notes: Notes, n_frames: int, start: int = 0, shape: str = "one
     edges = frames_to_seconds([start - 2, start + n_frames + 2])  # two frames to either side reach into these
     first, last = np.searchsorted(notes.intervals[:, 0], edges)
     onsets = notes.intervals[first:last, 0, None]                                                       # (N, 1) seconds
-    places = {"one": [0], "two": [0, 1], "soft": [-2, -1, 0, 1, 2]}[shape]
-    frames = seconds_to_frames(onsets) + places                                                         # (N, places)
+    frames = seconds_to_frames(onsets) + ONSET_PLACES[shape]                                                         # (N, places)
     heights = np.clip(1 - abs(frames_to_seconds(frames) - onsets) / SOFT_SECONDS, 0, 1) if shape == "soft" else np.ones(frames.shape)
     keys = np.broadcast_to(notes.pitches[first:last, None] - MIN_MIDI, frames.shape)
     inside = (frames >= start) & (frames < start + n_frames)

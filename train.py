@@ -131,8 +131,8 @@ def validate(model: Transcriber, recordings: list[Recording]) -> dict[str, float
     model.eval()
     logits = list(predict(model, recordings))
     if model.recipe.tune_thresholds:
-        model.thresholds = tune_thresholds(recordings, logits)
-    rows = [score(recording, logit, model.thresholds) for recording, logit in zip(recordings, logits)]
+        model.thresholds = tune_thresholds(recordings, logits, model.recipe.onset_target)
+    rows = [score(recording, logit, model.thresholds, model.recipe.onset_target) for recording, logit in zip(recordings, logits)]
     model.train()
     return {name: mean for name, (mean, _) in summarise(rows).items()}
 
@@ -374,9 +374,10 @@ def test(run: Path, args: argparse.Namespace, recordings: list[Recording], devic
     model = load_checkpoint(path, device)
     rows = []
     for recording, logits in zip(recordings, predict(model, recordings)):
-        rows.append(score(recording, logits, model.thresholds))
+        rows.append(score(recording, logits, model.thresholds, model.recipe.onset_target))
         if args.save_midi:
-            write_midi(run / "midi" / Path(recording.name).with_suffix(".midi"), estimated_notes(logits, model.thresholds))
+            write_midi(run / "midi" / Path(recording.name).with_suffix(".midi"),
+                       estimated_notes(logits, model.thresholds, model.recipe.onset_target))
     table = format_table(summarise(rows))
     with written_whole(run / "results.txt") as temporary:
         temporary.write_text(table + "\n", encoding="utf-8")

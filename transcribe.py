@@ -79,7 +79,7 @@ def draw(path: Path, audio: np.ndarray, notes: Notes, ref: Notes | None = None) 
 def transcribe(model: Transcriber, audio: np.ndarray) -> tuple[Notes, np.ndarray, np.ndarray]:
     """Notes, and the onset and frame probabilities (T, 88) they were read from, of (S,) float32 audio."""
     frame_logit, onset_logit = (logit.numpy() for logit in model.infer(torch.from_numpy(audio)))
-    notes = estimated_notes((frame_logit, onset_logit), model.thresholds)
+    notes = estimated_notes((frame_logit, onset_logit), model.thresholds, model.recipe.onset_target)
     return notes, probability(onset_logit), probability(frame_logit)
 
 

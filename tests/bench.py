@@ -197,7 +197,7 @@ def our_transcription(args: argparse.Namespace, folder: Path) -> Work:
     net = load_checkpoint(folder / "ours.pt", pick_device(args.device))
     return in_stages(reading=lambda _: load_audio(folder / "short.flac"),
                      inference=lambda audio: tuple(logit.numpy() for logit in net.infer(torch.from_numpy(audio))),
-                     decoding=lambda logits: estimated_notes(logits, net.thresholds),
+                     decoding=lambda logits: estimated_notes(logits, net.thresholds, net.recipe.onset_target),
                      writing=lambda notes: write_midi(folder / "ours.midi", notes) or notes)
 
 

@@ -16,8 +16,7 @@ import dataset
 from constants import HOP_SIZE, MIN_MIDI, SAMPLE_RATE
 from dataset import COLUMNS, Recording, Segments, audio_to_int16, find_audio, load_recording, load_split, read_table
 from files import write_json
-from model import ONSET_TARGETS
-from notes import Notes, notes_to_rolls, onset_targets
+from notes import ONSET_PLACES, Notes, notes_to_rolls, onset_targets
 
 HOP_SECONDS = HOP_SIZE / SAMPLE_RATE
 NO_NOTES = Notes([], [], [])
@@ -121,7 +120,7 @@ def test_audio_and_labels_of_a_segment_belong_together():
         assert torch.equal(item["audio"], expected)
 
 
-@pytest.mark.parametrize("shape", ONSET_TARGETS)
+@pytest.mark.parametrize("shape", ONSET_PLACES)
 def test_onsets_are_drawn_as_the_head_shall_learn_them(shape):
     notes = random_notes(0, 4.0, 12)
     recording = Recording("r", audio_to_int16(play(notes, 4.0)), notes)

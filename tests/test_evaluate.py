@@ -29,7 +29,7 @@ from evaluate import (
     write_results,
 )
 from model import load_checkpoint
-from notes import Notes, notes_to_rolls
+from notes import Notes, frames_to_seconds, notes_to_rolls, onset_targets
 
 HOP = HOP_SIZE / SAMPLE_RATE  # seconds, 0.032
 HALF = {"onset": 0.5, "frame": 0.5}
@@ -162,6 +162,34 @@ def test_notes_of_an_hour_are_in_order():
     assert (notes.intervals[:, 1] > notes.intervals[:, 0]).all()
 
 
+@pytest.mark.parametrize("shape", ("two", "soft"))
+def test_the_target_rolls_tell_when_a_key_was_struck(shape):
+    """Of "two" all strikes of a frame look alike, and its centre is the best guess; "soft" says where in the frame it was."""
+    strikes = np.arange(1, 21) * 0.25 + np.linspace(0, 0.03, 20)
+    notes = Notes(np.stack([strikes, strikes + 0.1], axis=1), [60] * 20, [80] * 20)
+    target = onset_targets(notes, 200, 0, shape)
+    found = extract_notes(target, notes_to_rolls(notes, 200)[1], onset_target=shape)
+    errors = found.intervals[:, 0] - strikes
+    assert len(found) == 20 and abs(errors).max() <= {"two": 0.016, "soft": 0.003}[shape]
+
+
+@pytest.mark.parametrize("before, later, frames", [(0, 0, 0), (0.4, 0, -0.4), (0, 0.3, 0.3), (0.2, 0.2, 0)])
+def test_a_strike_lies_between_frames_where_the_model_is_not_sure_which(before, later, frames):
+    """(before) that it was a frame earlier, (later) that it was one later: two-frame onsets, seen in frames 3 to 6."""
+    onset = np.zeros((10, 88), np.float32)
+    onset[3:7, 40] = before, 1 - later, 1 - before, later
+    notes = extract_notes(onset, onset, onset_target="two")
+    assert notes.intervals[0, 0] == pytest.approx(frames_to_seconds(4 + frames), abs=1e-6)
+
+
+@pytest.mark.parametrize("shape", ("two", "soft"))
+@pytest.mark.parametrize("n_frames", (1, 2, 3))
+def test_strikes_at_the_edges_stay_inside(shape, n_frames):
+    notes = extract_notes(np.full((n_frames, 88), 0.9), np.zeros((n_frames, 88)), onset_target=shape)
+    assert len(notes) == 88 and (notes.intervals >= 0).all() and (notes.intervals[:, 1] > notes.intervals[:, 0]).all()
+    assert notes.intervals[:, 0].max() <= n_frames * HOP_SIZE / SAMPLE_RATE
+
+
 # --- metrics ---
 
 def some_notes() -> Notes:
@@ -263,7 +291,7 @@ def sure(recording: Recording, notes: Notes | None = None) -> tuple[np.ndarray, 
 
 @pytest.mark.parametrize("reference", ["midi", "roll"])
 def test_perfect_logits_score_one(reference):
-    row = score(recording_of(some_notes()), sure(recording_of(some_notes())), HALF, reference)
+    row = score(recording_of(some_notes()), sure(recording_of(some_notes())), HALF, "one", reference)
     for name in ("frame/frame_f1", "frame/onset_f1", "note/f1", "note-with-offsets/f1"):
         assert row[f"metric/{name}"] == 1
     assert 0 < row["metric/loss/frame_loss"] < 1e-3
@@ -273,10 +301,10 @@ def test_each_head_has_its_own_loss():
     """One sounding note of 4 frames, struck once. Frame logits all 0: ln 2. Onset logits all 1: ln(1 + e) where there is no
     onset, which is everywhere but in one place, and ln(1 + 1/e) there."""
     recording = recording_of(Notes(np.array([[0.5 * HOP, 3.5 * HOP]]), [60], [80]), 10 * HOP)
-    row = score(recording, (np.zeros((10, 88), np.float32), np.ones((10, 88), np.float32)), HALF)
+    row = score(recording, (np.zeros((10, 88), np.float32), np.ones((10, 88), np.float32)), HALF, "one")
     assert row["metric/loss/frame_loss"] == pytest.approx(math.log(2), rel=1e-5)
     assert row["metric/loss/onset_loss"] == pytest.approx((879 * math.log(1 + math.e) + math.log(1 + 1 / math.e)) / 880, rel=1e-5)
-    row = score(recording, (np.ones((10, 88), np.float32), np.zeros((10, 88), np.float32)), HALF)
+    row = score(recording, (np.ones((10, 88), np.float32), np.zeros((10, 88), np.float32)), HALF, "one")
     assert row["metric/loss/frame_loss"] == pytest.approx((876 * math.log(1 + math.e) + 4 * math.log(1 + 1 / math.e)) / 880, rel=1e-5)
     assert row["metric/loss/onset_loss"] == pytest.approx(math.log(2), rel=1e-5)
 
@@ -284,9 +312,9 @@ def test_each_head_has_its_own_loss():
 def test_each_roll_is_scored_against_its_own_head():
     recording = recording_of(some_notes())
     frame, onset = sure(recording)
-    row = score(recording, (frame, np.full_like(onset, -10)), HALF)
+    row = score(recording, (frame, np.full_like(onset, -10)), HALF, "one")
     assert (row["metric/frame/frame_f1"], row["metric/frame/onset_f1"], row["metric/note/f1"]) == (1, 0, 0)
-    row = score(recording, (np.full_like(frame, -10), onset), HALF)
+    row = score(recording, (np.full_like(frame, -10), onset), HALF, "one")
     assert (row["metric/frame/frame_f1"], row["metric/frame/onset_f1"], row["metric/note/f1"]) == (0, 1, 1)
     assert row["metric/note-with-offsets/f1"] < 1
 
@@ -295,22 +323,22 @@ def test_references_differ_where_quantisation_hides_an_error():
     """Struck at the very end of frame 10, heard in frame 12: 48 ms after the true onset, 64 ms after the frame's centre."""
     recording = recording_of(Notes(np.array([[10.99 * HOP, 40 * HOP]]), [60], [80]))
     heard = sure(recording, Notes(np.array([[12.5 * HOP, 40 * HOP]]), [60], [80]))
-    assert score(recording, heard, HALF, "midi")["metric/note/f1"] == 1
-    assert score(recording, heard, HALF, "roll")["metric/note/f1"] == 0
+    assert score(recording, heard, HALF, "one", "midi")["metric/note/f1"] == 1
+    assert score(recording, heard, HALF, "one", "roll")["metric/note/f1"] == 0
 
 
 def test_references_differ_where_rolls_merge_a_repetition():
     """One key struck in frames 10 and 11 is two notes in the MIDI file and one in its roll."""
     recording = recording_of(Notes(np.array([[10.5 * HOP, 11.2 * HOP], [11.6 * HOP, 30 * HOP]]), [60, 60], [80, 80]))
     heard = sure(recording)
-    assert score(recording, heard, HALF, "roll")["metric/note/f1"] == 1
-    midi = score(recording, heard, HALF, "midi")
+    assert score(recording, heard, HALF, "one", "roll")["metric/note/f1"] == 1
+    midi = score(recording, heard, HALF, "one", "midi")
     assert (midi["metric/note/precision"], midi["metric/note/recall"]) == (1, 0.5)
 
 
 def test_a_recording_without_notes_is_scored():
     recording = recording_of(Notes([], [], []))
-    row = score(recording, sure(recording), HALF)
+    row = score(recording, sure(recording), HALF, "one")
     assert row["metric/note/f1"] == 0 and row["metric/loss/frame_loss"] < 1e-3
     assert all(math.isfinite(value) for value in row.values())
 
@@ -319,8 +347,8 @@ def test_thresholds_are_used_in_scoring():
     recording = recording_of(some_notes())
     frame, onset = sure(recording)
     unsure = np.where(frame > 0, -0.5, -3).astype(np.float32), np.where(onset > 0, -1, -3).astype(np.float32)  # 0.38 and 0.27
-    assert score(recording, unsure, HALF)["metric/frame/frame_f1"] == 0
-    lower = score(recording, unsure, {"onset": 0.25, "frame": 0.35})
+    assert score(recording, unsure, HALF, "one")["metric/frame/frame_f1"] == 0
+    lower = score(recording, unsure, {"onset": 0.25, "frame": 0.35}, "one")
     for name in ("frame/frame_f1", "frame/onset_f1", "note/f1", "note-with-offsets/f1"):
         assert lower[f"metric/{name}"] == 1
 
@@ -347,16 +375,16 @@ def test_tuned_thresholds_are_better():
         frame[last : last + 20, key] = 0.25
     frame[frame_roll > 0] = 0.45
     logits = [(logit(frame), logit(onset))]
-    tuned = tune_thresholds([recording], logits)
+    tuned = tune_thresholds([recording], logits, "one")
     assert 0.15 < tuned["onset"] <= 0.35 and 0.25 < tuned["frame"] <= 0.45
-    assert note_metrics(recording.notes, estimated_notes(logits[0], HALF))["metric/note-with-offsets/f1"] == 0
-    assert note_metrics(recording.notes, estimated_notes(logits[0], tuned))["metric/note-with-offsets/f1"] == 1
+    assert note_metrics(recording.notes, estimated_notes(logits[0], HALF, "one"))["metric/note-with-offsets/f1"] == 0
+    assert note_metrics(recording.notes, estimated_notes(logits[0], tuned, "one"))["metric/note-with-offsets/f1"] == 1
 
 
 def test_thresholds_stay_in_the_middle_where_nothing_is_found():
     recording = recording_of(some_notes())
     nothing = np.full((recording.n_frames, N_KEYS), -20, np.float32)
-    assert tune_thresholds([recording], [(nothing, nothing)]) == HALF
+    assert tune_thresholds([recording], [(nothing, nothing)], "one") == HALF
 
 
 def test_summary_by_hand():
@@ -438,7 +466,7 @@ def test_a_real_recording_is_scored():
     recording = load_recording(row["audio_filename"], find_audio(MAPS, row["audio_filename"]), MAPS / row["midi_filename"]).until(20)
     assert len(recording.notes) > 30 and recording.n_frames == 625
     assert np.abs(recording.audio).max() > 1000
-    scores = score(recording, sure(recording), HALF)
+    scores = score(recording, sure(recording), HALF, "one")
     assert scores["metric/note/f1"] > 0.97 and scores["metric/note-with-offsets/f1"] > 0.95
     assert scores["metric/frame/frame_f1"] == scores["metric/frame/onset_f1"] == 1
     onset_energy = np.abs(recording.audio[: 625 * HOP_SIZE].astype(float)).reshape(625, HOP_SIZE).mean(axis=1)

@@ -10,8 +10,9 @@ from conftest import play, random_notes
 
 from constants import HOP_SIZE, MAX_MIDI, MIN_MIDI, SAMPLE_RATE
 from evaluate import extract_notes
-from model import ONSET_TARGETS, LogMelSpectrogram
+from model import LogMelSpectrogram
 from notes import (
+    ONSET_PLACES,
     Notes,
     frames_to_seconds,
     hold_with_pedal,
@@ -274,7 +275,7 @@ def test_one_frame_of_onset_is_the_onset_roll():
     np.testing.assert_array_equal(onset_targets(notes, 156), notes_to_rolls(notes, 156)[0])
 
 
-@pytest.mark.parametrize("shape", ONSET_TARGETS)
+@pytest.mark.parametrize("shape", ONSET_PLACES)
 def test_onset_targets_are_the_same_cut_or_built(shape):
     """What lies before a segment or behind it reaches in."""
     notes = Notes(*(np.concatenate(parts) for parts in zip(*((n.intervals, n.pitches, n.velocities)
@@ -291,7 +292,7 @@ def test_of_two_overlapping_onset_targets_the_higher_counts():
     assert onset_targets(notes, 8, 0, "two")[:, 60 - MIN_MIDI].tolist() == [0, 0, 0, 1, 1, 1, 0, 0]
 
 
-@pytest.mark.parametrize("shape", ONSET_TARGETS)
+@pytest.mark.parametrize("shape", ONSET_PLACES)
 def test_no_notes_no_onset_targets(shape):
     assert onset_targets(Notes([], [], []), 4, 0, shape).shape == (4, 88)
     assert onset_targets(Notes([[9, 10]], [60], [80]), 4, 0, shape).sum() == 0

@@ -21,8 +21,8 @@ import train
 from augment import transposed
 from constants import HOP_SIZE
 from dataset import Segments, load_split
-from model import ONSET_TARGETS, RECIPES, Sizes, build_model, load_checkpoint
-from notes import notes_to_rolls, read_midi
+from model import RECIPES, Sizes, build_model, load_checkpoint
+from notes import ONSET_PLACES, notes_to_rolls, read_midi
 
 ROOT = Path(__file__).resolve().parents[1]
 DEVICE = torch.device("cpu")
@@ -589,7 +589,7 @@ def test_the_recipes_onset_target_reaches_the_loss(data_folder, tmp_path, monkey
         return losses_of(model, batch, device)
 
     monkeypatch.setattr(train, "losses_of", spy)
-    for shape in ONSET_TARGETS:
+    for shape in ONSET_PLACES:
         monkeypatch.setitem(train.RECIPES, "default", dataclasses.replace(RECIPES["default"], onset_target=shape))
         assert train.main(tiny(data_folder, tmp_path / shape, "--model", "rnn", "-i", "1")) == 0
     one, two, soft = (int((onset > 0).sum()) for onset in peaks)
