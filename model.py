@@ -299,7 +299,8 @@ class CRNN(Transcriber):
 class OnsetsAndFrames(Transcriber):
     """Hawthorne et al., ISMIR 2018, figure 1, less the first sigmoid: the frame branch is told what the onset branch heard.
 
-    The cue is detached: the frame loss must not teach the onset branch.
+    The cue is detached: the frame loss must not teach the onset branch. Where the recipe has a path past the recurrent layers, it
+    is the frame branch's own answer, which these correct; normalised with the cue, as they read it, it no longer tells how sure it is.
     """
 
     def __init__(self, sizes: Sizes, recipe: Recipe) -> None:
@@ -318,7 +319,7 @@ class OnsetsAndFrames(Transcriber):
     def recur(self, frame: Tensor, onset: Tensor) -> tuple[Tensor, Tensor]:
         onset = recurrent_head(onset, self.onset_lstm, self.onset_fc, self.onset_path)          # (B, T, C) -> (B, T, K)
         combined = self.combined_norm(torch.cat([frame, onset.detach()], dim=-1))               # (B, T, 2K)
-        logit = recurrent_head(combined, self.combined_lstm, self.combined_fc, None)            # (B, T, 2K) -> (B, T, K)
+        logit = self.combined_fc(self.combined_lstm(combined)[0])                               # -> (B, T, 2H) -> (B, T, K)
         return logit + frame if self.recipe.residual else logit, onset
 
 
