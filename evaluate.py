@@ -16,7 +16,7 @@ from constants import HOP_SIZE, MIN_MIDI, SAMPLE_RATE
 from dataset import SPLITS, Recording, folders_of, load_split
 from files import write_json, written_whole
 from model import RELEASED, Transcriber, keep_pages, model_of, pick_device, read_checkpoint, share_checkpoint
-from notes import ONSET_PLACES, Notes, frames_to_seconds, notes_to_rolls
+from notes import ONSET_PLACES, Notes, frames_to_seconds, notes_to_rolls, onset_targets
 
 VELOCITY = 80  # the models hear no loudness; every note they write is mezzo-forte
 THRESHOLDS = np.arange(1, 10) / 10  # what tune_thresholds tries
@@ -29,7 +29,7 @@ def extract_notes(onset: np.ndarray, frame: np.ndarray, onset_threshold: float =
     Source: Hawthorne et al., "Onsets and Frames", ISMIR 2018. An onset over several frames is one note, which sounds at
     least that long, whether or not the frame roll agrees; our own rule is that a new onset ends the note before it. Where an
     onset spans several frames, the centre of mass of its probability tells the strike more finely than the first of them:
-    Kong et al. 2021 read it off two of them, here four count, from the one before.
+    Kong et al. 2021 work it out from three of them, here up to four count, from the one before the first.
 
     Args:
         onset: (T, 88), probability that the key is struck in frame t.
@@ -60,16 +60,22 @@ def extract_notes(onset: np.ndarray, frame: np.ndarray, onset_threshold: float =
     stops = silences[np.searchsorted(silences, starts)] if len(starts) else starts  # first silent frame after each onset
     stops[:-1] = np.minimum(stops[:-1], starts[1:])
     keys, first = np.divmod(starts, n_frames + 1)
-    onsets = frames_to_seconds(first + (0 if onset_target == "one" else shift_of_strikes(onset, first, keys, onset_target)))
-    offsets = np.maximum(frames_to_seconds(first + (stops - starts) - 1), onsets + 0.5 * HOP_SIZE / SAMPLE_RATE)
+    last = first + (stops - starts) - 1
+    if onset_target != "one":
+        room = np.diff(starts, append=struck.size)  # until the next strike
+        first = first + shift_of_strikes(onset, first, keys, room, onset_target)
+    onsets = frames_to_seconds(first)
+    offsets = np.maximum(frames_to_seconds(last), onsets + 0.5 * HOP_SIZE / SAMPLE_RATE)
     return Notes(np.stack([onsets, offsets], axis=1), keys + MIN_MIDI, np.full(len(keys), VELOCITY))
 
 
-def shift_of_strikes(onset: np.ndarray, first: np.ndarray, keys: np.ndarray, onset_target: str) -> np.ndarray:
-    """(N,) frames by which strikes lie after the frames `first` in which their onsets rise, see `extract_notes`."""
+def shift_of_strikes(onset: np.ndarray, first: np.ndarray, keys: np.ndarray, room: np.ndarray, onset_target: str) -> np.ndarray:
+    """(N,) frames by which strikes lie after the frames `first` in which their onsets rise, see `extract_notes`; `room` (N,) is
+    how many frames they have before the next strike of their key."""
     places = np.arange(-1, 3)
     frames = first[:, None] + places                                                                    # (N, 4)
-    near = onset[frames.clip(0, len(onset) - 1), keys[:, None]] * ((frames >= 0) & (frames < len(onset)))
+    inside = (frames >= 0) & (frames < len(onset)) & (places < room[:, None])
+    near = onset[frames.clip(0, len(onset) - 1), keys[:, None]] * inside
     return near @ places / near.sum(axis=1) - np.mean(ONSET_PLACES[onset_target])
 
 
@@ -121,7 +127,7 @@ def estimated_notes(logits: tuple[np.ndarray, np.ndarray], thresholds: dict[str,
 
 def score(recording: Recording, logits: tuple[np.ndarray, np.ndarray], thresholds: dict[str, float],
           onset_target: str, reference: str = "midi") -> dict[str, float]:
-    """All metrics of one recording.
+    """All metrics of one recording; losses, frame and onset scores against what the model was taught.
 
     Args:
         logits: frame and onset, (T, 88) each.
@@ -132,13 +138,14 @@ def score(recording: Recording, logits: tuple[np.ndarray, np.ndarray], threshold
     frame_logit, onset_logit = logits
     n_frames = len(frame_logit)
     onset_roll, frame_roll = notes_to_rolls(recording.notes, n_frames)
+    target = onset_targets(recording.notes, n_frames, 0, onset_target)
     est = estimated_notes(logits, thresholds, onset_target)
     ref = recording.notes if reference == "midi" else extract_notes(onset_roll, frame_roll)
     bce = torch.nn.functional.binary_cross_entropy_with_logits
     losses = {f"metric/loss/{name}_loss": float(bce(torch.from_numpy(logit), torch.from_numpy(roll).float()))
-              for name, logit, roll in (("frame", frame_logit, frame_roll), ("onset", onset_logit, onset_roll))}
+              for name, logit, roll in (("frame", frame_logit, frame_roll), ("onset", onset_logit, target))}
     return {**losses, **roll_metrics("frame", frame_roll > 0, probability(frame_logit) >= thresholds["frame"]),
-            **roll_metrics("onset", onset_roll > 0, probability(onset_logit) >= thresholds["onset"]), **note_metrics(ref, est)}
+            **roll_metrics("onset", target >= 0.5, probability(onset_logit) >= thresholds["onset"]), **note_metrics(ref, est)}
 
 
 def tune_thresholds(recordings: list[Recording], logits: list[tuple[np.ndarray, np.ndarray]], onset_target: str) -> dict[str, float]:

@@ -26,7 +26,7 @@ from files import written_whole
 from layers import BatchNorm, Dropout, PoolRectifyDrop
 from notes import ONSET_PLACES
 
-# Base rates per frame and key, from MAESTRO v2: 7.13 M notes in 201.2 h; keys sound in about 3 % of all places.
+# Base rates per frame and key (of onsets, as many as there are strikes), from MAESTRO v2: 7.13 M notes in 201.2 h; keys sound in about 3 % of all places.
 ONSET_RATE = 0.0036
 FRAME_RATE = 0.03
 CONTEXT = 3         # frames that three 3 x 3 convolutions see to either side
@@ -46,7 +46,7 @@ class Recipe:
 
     normalise_mel: bool = True       # batch norm of each mel band over time, as in Kong et al. 2021
     normalise_features: bool = True  # layer norm before each recurrent layer
-    residual: bool = True            # a linear path past the recurrent layers, which then learn what it lacks (He et al. 2016)
+    residual: bool = True            # a linear path past a head's recurrent layers, which then learn what it lacks (He et al. 2016)
     base_rate_bias: bool = True      # output biases start at the log-odds of silence
     tune_thresholds: bool = True     # on validation; else 0.5 and 0.5
     cosine: bool = True              # warm-up and cosine to zero; else x 0.98 per 1000 steps
@@ -439,7 +439,9 @@ def model_of(state: dict[str, Any], path: str | Path) -> Transcriber:
         ValueError: its weights do not fit its sizes.
     """
     try:
-        model = build_model(state["model"], Sizes(**state["sizes"]), Recipe(**state["recipe"]))
+        # what a recipe does not name came after it was written, and was then done as in the course's
+        recipe = Recipe(**{**dataclasses.asdict(RECIPES["course"]), **state["recipe"]})
+        model = build_model(state["model"], Sizes(**state["sizes"]), recipe)
         model.load_state_dict(state["weights"])
         model.thresholds = {head: float(state["thresholds"][head]) for head in ("onset", "frame")}
     except (TypeError, ValueError, RuntimeError, KeyError, AttributeError) as error:

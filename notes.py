@@ -107,7 +107,7 @@ def onset_targets(notes: Notes, n_frames: int, start: int = 0, shape: str = "one
     edges = frames_to_seconds([start - 2, start + n_frames + 2])  # two frames to either side reach into these
     first, last = np.searchsorted(notes.intervals[:, 0], edges)
     onsets = notes.intervals[first:last, 0, None]                                                       # (N, 1) seconds
-    frames = seconds_to_frames(onsets) + ONSET_PLACES[shape]                                                         # (N, places)
+    frames = seconds_to_frames(onsets) + ONSET_PLACES[shape]                                            # (N, places)
     heights = np.clip(1 - abs(frames_to_seconds(frames) - onsets) / SOFT_SECONDS, 0, 1) if shape == "soft" else np.ones(frames.shape)
     keys = np.broadcast_to(notes.pitches[first:last, None] - MIN_MIDI, frames.shape)
     inside = (frames >= start) & (frames < start + n_frames)

@@ -1,10 +1,12 @@
 """Decoding and metrics worked by hand, against a slow decoder and against mir_eval; `evaluate.py` run on a folder."""
 
 import csv
+import dataclasses
 import errno
 import json
 import math
 from pathlib import Path
+from unittest import mock
 
 import mir_eval
 import numpy as np
@@ -12,6 +14,7 @@ import pytest
 import torch
 
 import evaluate
+import transcribe
 from constants import HOP_SIZE, MIN_MIDI, N_KEYS, SAMPLE_RATE
 from dataset import Recording, find_audio, load_recording, load_split, read_table
 from evaluate import (
@@ -28,8 +31,8 @@ from evaluate import (
     tune_thresholds,
     write_results,
 )
-from model import load_checkpoint
-from notes import Notes, frames_to_seconds, notes_to_rolls, onset_targets
+from model import RECIPES, Sizes, build_model, load_checkpoint
+from notes import ONSET_PLACES, Notes, frames_to_seconds, notes_to_rolls, onset_targets
 
 HOP = HOP_SIZE / SAMPLE_RATE  # seconds, 0.032
 HALF = {"onset": 0.5, "frame": 0.5}
@@ -180,6 +183,33 @@ def test_a_strike_lies_between_frames_where_the_model_is_not_sure_which(before, 
     onset[3:7, 40] = before, 1 - later, 1 - before, later
     notes = extract_notes(onset, onset, onset_target="two")
     assert notes.intervals[0, 0] == pytest.approx(frames_to_seconds(4 + frames), abs=1e-6)
+
+
+def test_the_next_strike_does_not_move_the_one_before():
+    onset = np.zeros((10, 88), np.float32)
+    onset[3:7, 40] = 0.9, 0.1, 0.9, 0.9
+    notes = extract_notes(onset, onset, onset_target="two")
+    alone = extract_notes(np.where(np.arange(10)[:, None] < 5, onset, 0), onset, onset_target="two")
+    assert len(notes) == 2 and notes.intervals[0, 0] == alone.intervals[0, 0] < frames_to_seconds(3)
+    assert (notes.intervals[:, 0] < notes.intervals[:, 1]).all() and notes.intervals[0, 1] <= notes.intervals[1, 0]
+
+
+@pytest.mark.parametrize("shape", ONSET_PLACES)
+def test_a_model_is_scored_by_what_it_was_taught(shape, monkeypatch):
+    """A model that gives its own targets back: perfect onset rolls and notes, whatever the shape of an onset."""
+    recording = recording_of(Notes([[0.5, 1.0], [1.03, 1.5], [1.55, 2.5]], [60, 64, 60], [80] * 3))
+    probabilities = np.clip(onset_targets(recording.notes, recording.n_frames, 0, shape), 1e-4, 1 - 1e-4)
+    logits = sure(recording)[0], np.log(probabilities / (1 - probabilities))
+    monkeypatch.setattr(evaluate, "predict", lambda *_: [logits])
+    model = build_model("rnn", Sizes(4, 8, 8), dataclasses.replace(RECIPES["default"], onset_target=shape))
+    heard = []
+    row, = evaluate_split(model, [recording], heard=heard)
+    assert row["metric/frame/onset_f1"] == row["metric/note/f1"] == row["metric/note-with-offsets/f1"] == 1
+    assert abs(heard[0].intervals[:, 0] - recording.notes.intervals[:, 0]).max() <= {"one": 0.016, "two": 0.016, "soft": 0.003}[shape]
+    notes, _, _ = transcribe.transcribe(mock.Mock(infer=lambda _: tuple(map(torch.from_numpy, logits)), thresholds=model.thresholds,
+                                                  recipe=model.recipe), np.zeros(512, np.float32))
+    np.testing.assert_array_equal(notes.intervals, heard[0].intervals)
+    assert tune_thresholds([recording], [logits], shape)["onset"] <= 0.7
 
 
 @pytest.mark.parametrize("shape", ("two", "soft"))

@@ -23,6 +23,7 @@ from model import (
     MODELS,
     ONSET_RATE,
     RECIPES,
+    RELEASED,
     ConvStack,
     LogMelSpectrogram,
     Recipe,
@@ -147,9 +148,10 @@ def test_parameters_of_the_course_onf():
 
 
 @pytest.mark.parametrize("name, normalised, passed", [("baseline", 0, 0), ("rnn", 0, 2 * 229), ("crnn", 2 * 256, 2 * 256),
-                                                      ("onf", 256 + 176, 256 + 176)])
+                                                      ("onf", 256 + 176, 256)])
 def test_default_recipe_adds_only_what_it_lists(name, normalised, passed):
-    """A scale and a shift for each feature that a recurrent layer gets; a linear path past each of those."""
+    """A scale and a shift for each feature that a recurrent layer gets; a linear path past each of those, but for the frame head of
+    `onf`, where what comes before them is the path."""
     added = n_parameters(build_model(name)) - n_parameters(build_model(name, recipe=COURSE))
     assert added == 2 * normalised * DEFAULT.normalise_features + 88 * passed * DEFAULT.residual
 
@@ -163,6 +165,16 @@ def test_output_biases_start_at_the_base_rates(name):
     plain = build_model(name, SMALL, COURSE)
     for layer in (plain.combined_fc if name == "onf" else plain.frame_fc, plain.onset_fc):
         assert layer.bias.std() > 0 and layer.bias.abs().max() <= 1 / math.sqrt(layer.in_features)
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_the_frame_branch_of_onf_is_added_where_the_recipe_has_a_path(recipe):
+    model = build_model("onf", SMALL, RECIPES[recipe]).eval()
+    nn.init.zeros_(model.combined_fc.weight)
+    nn.init.zeros_(model.combined_fc.bias)
+    with torch.no_grad():
+        features = model.features(model.melspectrogram(noise(2, 6 * HOP_SIZE)))
+        assert torch.equal(model.recur(*features)[0], features[0] * RECIPES[recipe].residual)
 
 
 def test_frame_loss_does_not_teach_the_onset_branch():
@@ -397,6 +409,21 @@ def test_a_checkpoint_is_the_same_model_again(name, recipe, tmp_path):
     assert again.thresholds == {"onset": 0.3, "frame": 0.7}
     for a, b in zip(again.infer(noise(9 * HOP_SIZE)), model.infer(noise(9 * HOP_SIZE))):
         assert torch.equal(a, b)
+
+
+def test_entries_that_a_checkpoint_is_older_than_are_as_in_the_course(tmp_path):
+    save_checkpoint(tmp_path / "old.pt", build_model("rnn", SMALL, DEFAULT))
+    state = read_checkpoint(tmp_path / "old.pt")
+    for entry in ("transpose", "onset_target"):
+        del state["recipe"][entry]
+    torch.save(state, tmp_path / "old.pt")
+    assert load_checkpoint(tmp_path / "old.pt").recipe == dataclasses.replace(DEFAULT, transpose=0, onset_target="one")
+
+
+def test_the_released_checkpoint_loads():
+    model = load_checkpoint(RELEASED)
+    assert type(model).__name__ == "OnsetsAndFrames" and RELEASED.stat().st_size < 20e6
+    assert all(torch.isfinite(logit).all() for logit in model.infer(noise(20 * HOP_SIZE)))
 
 
 def test_a_checkpoint_carries_the_constants_and_what_training_adds(tmp_path):
