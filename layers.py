@@ -23,21 +23,46 @@ class BatchNorm(nn.modules.batchnorm._BatchNorm):
     def forward(self, x: Tensor) -> Tensor:
         if not (self.training and dist.is_initialized() and dist.get_world_size() > 1):
             return super().forward(x)
-        from torch.distributed.nn.functional import all_reduce  # the differentiable one; a slow import that few need
-        wide, ranks = x.float(), dist.get_world_size()
-        dims = [d for d in range(x.dim()) if d != 1]
-        moments = torch.stack([wide.mean(dims), wide.square().mean(dims)])                # (2, C); ranks have equal batches
-        mean, square = all_reduce(moments) / ranks
-        var = (square - mean.square()).clamp(min=0)
+        y, mean, var = JointlyNormalised.apply(x, self.weight, self.bias, self.eps)
         with torch.no_grad():
-            count = ranks * x.numel() // x.shape[1]
+            count = dist.get_world_size() * x.numel() // x.shape[1]
             self.num_batches_tracked += 1
             self.running_mean.lerp_(mean, self.momentum)
             self.running_var.lerp_(var * count / max(count - 1, 1), self.momentum)
+        return y
+
+
+def mean_over_ranks(x: Tensor) -> Tensor:
+    x = x.clone()
+    dist.all_reduce(x)
+    return x / dist.get_world_size()
+
+
+class JointlyNormalised(torch.autograd.Function):
+    """Batch norm by the moments of all ranks' batches, which are equally large; gives them too. The work is done by torch's own
+    batch norm, of one rank, and what its gradient lacks is a line for each channel."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> tuple[Tensor, Tensor, Tensor]:
+        _, mean, inverse = torch.native_batch_norm(x, weight, bias, None, None, True, 0.0, eps)  # of this rank
+        mean, square = mean_over_ranks(torch.stack([mean, inverse**-2 - eps + mean.square()]))
+        var = (square - mean.square()).clamp(min=0)
+        ctx.save_for_backward(x, weight, mean, torch.rsqrt(var + eps))
+        ctx.eps = eps
+        ctx.mark_non_differentiable(mean, var)
+        return torch.native_batch_norm(x, weight, bias, mean, var, False, 0.0, eps)[0], mean, var
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor, *_: Tensor) -> tuple[Tensor, Tensor | None, Tensor | None, None]:
+        x, weight, mean, inverse = ctx.saved_tensors
+        scale = torch.ones_like(mean) if weight is None else weight
+        x_grad, *sums = torch.ops.aten.native_batch_norm_backward(grad, x, scale, None, None, mean, inverse, True, ctx.eps, [True] * 3)
+        own = torch.stack(sums)                                               # (2, C): of grad x normalised x, and of grad
+        slope, level = (own - mean_over_ranks(own)) * scale * inverse * x.shape[1] / x.numel()
+        slope = slope * inverse
         shape = [1, -1] + [1] * (x.dim() - 2)
-        scale = torch.rsqrt(var + self.eps) * (self.weight if self.affine else 1)
-        shift = (self.bias if self.affine else 0) - mean * scale
-        return (wide * scale.view(shape) + shift.view(shape)).to(x.dtype)
+        x_grad += x * slope.to(x.dtype).view(shape) + (level - slope * mean).to(x.dtype).view(shape)
+        return x_grad, *([None, None] if weight is None else sums), None
 
 
 class Dropout(nn.Module):
