@@ -17,6 +17,7 @@ from files import written_whole
 PEDAL_DOWN = 64     # CC64 from which the sustain pedal holds; the MIDI standard's switch point
 SUSTAIN_PEDAL = 64  # MIDI controller number
 SOFT_SECONDS = 0.05  # from the peak of a soft onset to its feet; Kong et al. 2021, Toyama et al. 2023
+ONE_SAMPLE_BACK = np.array([0, 1 / SAMPLE_RATE])  # of the offset, not of the onset
 ONSET_PLACES = {"one": (0,), "two": (0, 1), "soft": (-2, -1, 0, 1, 2)}  # frames that tell of a strike, counted from its own
 TICKS_PER_BEAT = 960  # at 120 BPM a tick is 0.52 ms
 
@@ -81,13 +82,14 @@ def notes_to_rolls(notes: Notes, n_frames: int, start: int = 0) -> tuple[np.ndar
     near = (notes.intervals[: notes.intervals[:, 0].searchsorted(high), 1] > low).nonzero()[0]  # all that can be seen, and few more
     keys = notes.pitches[near] - MIN_MIDI
     # one sample back: a note that ends where frame t begins does not sound in frame t
-    first, last = (seconds_to_frames(notes.intervals[near] - (0, 1 / SAMPLE_RATE)) - start).T
+    first, last = (seconds_to_frames(notes.intervals[near] - ONE_SAMPLE_BACK) - start).T
     stop = np.minimum(np.maximum(last, first) + 1, n_frames)
     begin = np.maximum(first, 0)
     lengths = np.maximum(stop - begin, 0)
     # the frames begin, begin + 1, … of every note, one note after the other: no loop over notes
-    places = np.arange(lengths.sum()) + np.repeat(begin - lengths.cumsum() + lengths, lengths)
-    frame[places, np.repeat(keys, lengths)] = 1
+    ends = lengths.cumsum()
+    which = np.arange(len(near)).repeat(lengths)
+    frame[np.arange(len(which)) + (begin - ends + lengths)[which], keys[which]] = 1
     struck = (first >= 0) & (first < n_frames)
     onset[first[struck], keys[struck]] = 1
     return onset, frame
