@@ -22,7 +22,7 @@ from augment import transposed
 from constants import HOP_SIZE
 from dataset import Segments, load_split
 from model import RECIPES, Sizes, build_model, load_checkpoint
-from notes import ONSET_PLACES, notes_to_rolls, read_midi
+from notes import ONSET_PLACES, notes_to_rolls, onset_targets, read_midi
 
 ROOT = Path(__file__).resolve().parents[1]
 DEVICE = torch.device("cpu")
@@ -110,9 +110,11 @@ def test_tensorboard_can_be_read_back(finished):
 def test_save_midi_writes_what_is_heard(data_folder, tmp_path, monkeypatch, capsys):
     """A model that hears all, instead of one of two steps that hears nothing."""
     def perfect(model, recordings):
-        drawn = [notes_to_rolls(recording.notes, recording.n_frames) for recording in recordings]
-        return [(20 * frame.astype(np.float32) - 10, 20 * onset.astype(np.float32) - 10) for onset, frame in drawn]
+        drawn = [(notes_to_rolls(recording.notes, recording.n_frames)[1], onset_targets(recording.notes, recording.n_frames, 0, shape))
+                 for recording in recordings]
+        return [(20 * frame.astype(np.float32) - 10, 20 * onset - 10) for frame, onset in drawn]
 
+    shape = RECIPES["default"].onset_target
     monkeypatch.setattr(train, "predict", perfect)
     assert train.main(tiny(data_folder, tmp_path, "--model", "rnn", "-i", "2", "--save_midi")) == 0
     assert re.search(r"metric/note/f1 +: 1\.0000", capsys.readouterr().out)
@@ -172,7 +174,7 @@ def test_training_learns(data_folder, tmp_path):
 
 def test_losses_are_of_their_own_heads():
     class Fixed(nn.Module):
-        def forward(self, audio):
+        def forward(self, audio, semitones):
             return torch.zeros(1, 2, 88), torch.ones(1, 2, 88)
 
     frame, onset = torch.zeros(1, 2, 88), torch.zeros(1, 2, 88)
