@@ -3,7 +3,8 @@
 Hawthorne et al., ICLR 2019, and after them Transkun and aria-amt train with such chains so that a transcriber holds on
 recordings unlike those it learnt from. Here they are batched torch operations on the batch's device: all that changes the
 spectrum is one multiplication between a Fourier transform and its inverse. Every segment gets its own random numbers, drawn
-from torch's generator of that device, which training seeds for every step. Nothing moves in time; where a segment is transposed, its labels move along the keyboard.
+from torch's generator of that device, which training seeds for every step. Nothing moves in time; where a segment is transposed,
+its labels move along the keyboard.
 
 Shapes: B batch, S samples, F Fourier bins, M mel bands.
 """
@@ -119,7 +120,7 @@ def shifted_filters(semitones: Tensor) -> Tensor:
     """(B,) semitones -> (B, F, M) mel filters that hear each segment so much sharper, and not faster.
 
     They are the triangles of the plain filter bank (HTK's mel scale), where the Fourier bin at f Hz counts as the one at
-    f * 2 ** (semitones / 12).
+    f * 2 ** (semitones / 12). Hawthorne et al. 2019 detune by up to 0.1 semitones, Transkun by 0.2; whole semitones are ours.
     """
     device = semitones.device
     corners = torch.linspace(*(2595 * math.log10(1 + hertz / 700) for hertz in (F_MIN, F_MAX)), N_MELS + 2, device=device)
