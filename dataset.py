@@ -8,7 +8,7 @@ import os
 import zipfile
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -31,13 +31,14 @@ CACHE_VERSION = "1"  # part of every cache name: a change of what load_audio or 
 
 @dataclass(frozen=True)
 class Recording:
-    """One performance: its `name`, see load_split, `audio` (S,) int16 at SAMPLE_RATE, its `notes`, pedal included, and the MIDI
-    file they were read from, for those who ask for more than notes."""
+    """One performance: its `name`, see load_split, `audio` (S,) int16 at SAMPLE_RATE, its `notes`, pedal included, the MIDI
+    file they were read from, for those who ask for more than notes, and whether training shall believe its offsets."""
 
     name: str
     audio: np.ndarray
     notes: Notes
     midi_path: Path | None = None
+    has_offsets: bool = True
 
     @property
     def n_frames(self) -> int:
@@ -45,7 +46,7 @@ class Recording:
 
     def until(self, seconds: float) -> "Recording":
         """The beginning of it."""
-        return Recording(self.name, self.audio[: round(seconds * SAMPLE_RATE)], self.notes.until(seconds), self.midi_path)
+        return replace(self, audio=self.audio[: round(seconds * SAMPLE_RATE)], notes=self.notes.until(seconds))
 
     def to_float(self) -> Tensor:
         """(S,) float32 in [-1, 1]."""
@@ -227,7 +228,7 @@ class Segments(torch.utils.data.Dataset):
         return int(self.places[-1])
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        """audio (S,) float32, onset and frame (T, 88) float32, and the number of the recording."""
+        """audio (S,) float32, onset and frame (T, 88) float32, whether its offsets count, and the number of the recording."""
         random = np.random.default_rng((self.seed, index))
         place = random.integers(self.places[-1])
         number = int(np.searchsorted(self.places, place, side="right"))
@@ -249,4 +250,5 @@ class Segments(torch.utils.data.Dataset):
             rolls[0, :inside], rolls[1, :inside] = notes_to_rolls(recording.notes, inside, start)
             if self.onset_target != "one":
                 rolls[0, :inside] = onset_targets(recording.notes, inside, start, self.onset_target)
-        return {"audio": torch.from_numpy(audio), "onset": torch.from_numpy(rolls[0]), "frame": torch.from_numpy(rolls[1])}
+        return {"audio": torch.from_numpy(audio), "onset": torch.from_numpy(rolls[0]), "frame": torch.from_numpy(rolls[1]),
+                "has_offsets": torch.tensor(recording.has_offsets)}

@@ -86,10 +86,11 @@ def notes_to_rolls(notes: Notes, n_frames: int, start: int = 0) -> tuple[np.ndar
     stop = np.minimum(np.maximum(last, first) + 1, n_frames)
     begin = np.maximum(first, 0)
     lengths = np.maximum(stop - begin, 0)
-    # the frames begin, begin + 1, … of every note, one note after the other: no loop over notes
+    # where the frames begin, begin + 1, … of every note lie in the flattened roll, one note after the other: no loop over notes
     ends = lengths.cumsum()
-    which = np.arange(len(near)).repeat(lengths)
-    frame[np.arange(len(which)) + (begin - ends + lengths)[which], keys[which]] = 1
+    places = ((begin - ends + lengths) * N_KEYS + keys).repeat(lengths)
+    places += np.arange(0, len(places) * N_KEYS, N_KEYS)
+    frame.ravel()[places] = 1
     struck = (first >= 0) & (first < n_frames)
     onset[first[struck], keys[struck]] = 1
     return onset, frame

@@ -87,7 +87,7 @@ def our_training(args: argparse.Namespace, make_recordings: Callable[[], list[Re
     torch.manual_seed(0)
     device, recipe = pick_device(args.device), model.RECIPES[recipe_name]
     net = build_model("onf", SIZES, recipe).to(device).train()
-    optimizer = torch.optim.Adam(net.parameters(), recipe.learning_rate, fused=device.type in ("cpu", "cuda"))
+    optimizer = train.adam(net, recipe.learning_rate)
     segments = Segments(make_recordings(), args.sequence_length, 0, recipe.onset_target)
     wrapped = parallel(net)
 

@@ -568,9 +568,12 @@ def test_an_unknown_device_is_named():
 
 def test_a_shared_checkpoint_is_half_as_large_and_only_weights(tmp_path):
     model = build_model("onf", SMALL)
-    save_checkpoint(tmp_path / "whole.pt", model, optimizer={"much": torch.zeros(1000)}, step=5)
+    where = {"data": ["/home/me/maps"], "onset_data": ["/home/me/asap"]}
+    save_checkpoint(tmp_path / "whole.pt", model, optimizer={"much": torch.zeros(1000)}, step=5, arguments={**where, "seed": 3},
+                    data={"folders": where["data"], "onset_folders": where["onset_data"], "minutes": {"train": 9.0}})
     share_checkpoint(tmp_path / "shared.pt", read_checkpoint(tmp_path / "whole.pt"))
     shared = read_checkpoint(tmp_path / "shared.pt")
+    assert shared["arguments"] == {"seed": 3} and shared["data"] == {"minutes": {"train": 9.0}}
     assert "optimizer" not in shared and shared["step"] == 5 and shared["thresholds"] == model.thresholds
     assert all(value.dtype in (torch.float16, torch.int64) for value in shared["weights"].values())
     loaded = load_checkpoint(tmp_path / "shared.pt")

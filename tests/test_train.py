@@ -164,7 +164,7 @@ def test_training_learns(data_folder, tmp_path):
     model = build_model("onf", Sizes(4, 8, 8))
     segments = Segments(load_split(data_folder, "train"), 16384, 0)
     batch = next(train.batches(segments, 2, 1, 1, 0, DEVICE))
-    optimizer = torch.optim.Adam(model.parameters(), 1e-2)
+    optimizer = train.adam(model, 1e-2)
     first = None
     for _ in range(60):
         loss = sum(train.training_step(model, PLAIN, optimizer, batch, DEVICE).values()).item()
@@ -179,9 +179,37 @@ def test_losses_are_of_their_own_heads():
 
     frame, onset = torch.zeros(1, 2, 88), torch.zeros(1, 2, 88)
     onset[0, 0, 0] = 1
-    losses = train.losses_of(Fixed(), {"audio": torch.zeros(1, 2 * HOP_SIZE), "frame": frame, "onset": onset}, DEVICE)
+    batch = {"audio": torch.zeros(1, 2 * HOP_SIZE), "frame": frame, "onset": onset, "has_offsets": torch.tensor([True])}
+    losses = train.losses_of(Fixed(), batch, DEVICE)
     assert losses["frame_loss"].item() == pytest.approx(np.log(2))
     assert losses["onset_loss"].item() == pytest.approx((175 * np.log(1 + np.e) + np.log(1 + 1 / np.e)) / 176, rel=1e-5)
+
+
+def test_onset_data_teaches_onsets_alone(data_folder):
+    """A segment whose offsets do not count gives the frame head no gradient, and the onset head the same as any other."""
+    model = build_model("crnn", Sizes(4, 8, 8)).eval()
+    batch = next(train.batches(Segments(load_split(data_folder, "train"), 16384, 0), 2, 1, 1, 0, DEVICE))
+    gradients = []
+    for counts in ([True, True], [True, False], [False, True], [False, False]):
+        model.zero_grad()
+        sum(train.losses_of(model, {**batch, "has_offsets": torch.tensor(counts)}, DEVICE).values()).backward()
+        gradients.append([head.weight.grad.clone() for head in (model.frame_fc, model.onset_fc)])
+    (both, onset), *others, (none, _) = gradients
+    assert both.abs().max() > 0 and none.abs().max() == 0
+    torch.testing.assert_close(others[0][0] + others[1][0], both)  # each segment's share is the same, whatever the other's is
+    assert all(torch.equal(other[1], onset) for other in others)
+
+
+def test_onset_data_is_only_for_training_and_stays_when_resumed(data_folder, tmp_path, capsys):
+    more = Path(shutil.copytree(data_folder, tmp_path / "more"))
+    assert train.main([*tiny(data_folder, tmp_path / "run"), "--onset_data", str(more)]) == 0
+    assert f"data {data_folder} {more}: 6 train" in capsys.readouterr().out
+    assert train.main(["--resume", str(tmp_path / "run" / "model-2.pt"), "--logdir", str(tmp_path / "again"), "--device", "cpu"]) == 0
+    assert ", 1 validation" in (out := capsys.readouterr().out) and ": 6 train" in out
+    assert_same_run(tmp_path / "run" / "model-4.pt", tmp_path / "again" / "model-4.pt")
+    assert len(json.loads((tmp_path / "run" / "results.json").read_text())["recordings"]) == 2  # the test split of --data
+    args = train.parse_args([*tiny(data_folder, tmp_path / "run"), "--onset_data", str(more)])
+    assert [recording.has_offsets for recording in train.load_data(args)["train"]] == [True] * 3 + [False] * 3
 
 
 # --- stopping and going on ---
