@@ -20,7 +20,7 @@ from tqdm import tqdm
 from audio import load_audio
 from constants import HOP_SIZE, N_KEYS, SAMPLE_RATE
 from files import written_whole
-from notes import Notes, n_frames_of, notes_to_rolls, onset_targets, read_midi
+from notes import Notes, n_frames_of, notes_to_rolls, read_midi
 
 SPLITS = ("train", "validation", "test")
 COLUMNS = ("canonical_composer", "canonical_title", "split", "year", "midi_filename", "audio_filename", "duration")
@@ -217,7 +217,7 @@ class Segments(torch.utils.data.Dataset):
         """
         Args:
             sequence_length: samples in a segment, a multiple of HOP_SIZE.
-            onset_target: the shape of `onset_targets`.
+            onset_target: as for `notes_to_rolls`.
         """
         self.recordings, self.sequence_length, self.seed, self.onset_target = recordings, sequence_length, seed, onset_target
         self.n_frames = n_frames_of(sequence_length)
@@ -247,8 +247,6 @@ class Segments(torch.utils.data.Dataset):
         rolls = np.zeros((2, self.n_frames, N_KEYS), dtype=np.float32)
         inside = min(self.n_frames, recording.n_frames - start)
         if inside > 0:
-            rolls[0, :inside], rolls[1, :inside] = notes_to_rolls(recording.notes, inside, start)
-            if self.onset_target != "one":
-                rolls[0, :inside] = onset_targets(recording.notes, inside, start, self.onset_target)
+            rolls[0, :inside], rolls[1, :inside] = notes_to_rolls(recording.notes, inside, start, self.onset_target)
         return {"audio": torch.from_numpy(audio), "onset": torch.from_numpy(rolls[0]), "frame": torch.from_numpy(rolls[1]),
                 "has_offsets": torch.tensor(recording.has_offsets)}

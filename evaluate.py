@@ -16,7 +16,7 @@ from constants import HOP_SIZE, MIN_MIDI, SAMPLE_RATE
 from dataset import SPLITS, Recording, folders_of, load_split
 from files import write_json, written_whole
 from model import RELEASED, Transcriber, keep_pages, model_of, pick_device, read_checkpoint, share_checkpoint
-from notes import ONSET_PLACES, Notes, frames_to_seconds, notes_to_rolls, onset_targets
+from notes import ONSET_PLACES, Notes, frames_to_seconds, notes_to_rolls
 
 VELOCITY = 80  # the models hear no loudness; every note they write is mezzo-forte
 THRESHOLDS = np.arange(1, 10) / 10  # what tune_thresholds tries
@@ -35,7 +35,7 @@ def extract_notes(onset: np.ndarray, frame: np.ndarray, onset_threshold: float =
         onset: (T, 88), probability that the key is struck in frame t.
         frame: (T, 88), probability that the key sounds in frame t.
         onset_threshold, frame_threshold: probability from which each counts, in (0, 1).
-        onset_target: what `onset` tells of a strike: a shape of `onset_targets`.
+        onset_target: what `onset` tells of a strike, as for `notes_to_rolls`.
 
     Returns:
         Notes in order of onset. With the onset target "one" they begin at the centre of their first frame, with the others up to a
@@ -138,32 +138,32 @@ def score(recording: Recording, logits: tuple[np.ndarray, np.ndarray], threshold
     frame_logit, onset_logit = logits
     n_frames = len(frame_logit)
     onset_roll, frame_roll = notes_to_rolls(recording.notes, n_frames)
-    target = onset_targets(recording.notes, n_frames, 0, onset_target)
+    target = notes_to_rolls(recording.notes, n_frames, 0, onset_target)[0]
     est = estimated_notes(logits, thresholds, onset_target)
     ref = recording.notes if reference == "midi" else extract_notes(onset_roll, frame_roll)
     bce = torch.nn.functional.binary_cross_entropy_with_logits
     losses = {f"metric/loss/{name}_loss": float(bce(torch.from_numpy(logit), torch.from_numpy(roll).float()))
               for name, logit, roll in (("frame", frame_logit, frame_roll), ("onset", onset_logit, target))}
     return {**losses, **roll_metrics("frame", frame_roll > 0, probability(frame_logit) >= thresholds["frame"]),
-            **roll_metrics("onset", target >= 0.5, probability(onset_logit) >= thresholds["onset"]), **note_metrics(ref, est)}
+            **roll_metrics("onset", target > 0, probability(onset_logit) >= thresholds["onset"]), **note_metrics(ref, est)}
 
 
 def tune_thresholds(recordings: list[Recording], logits: list[tuple[np.ndarray, np.ndarray]], onset_target: str) -> dict[str, float]:
     """The onset threshold with the best mean note F1, then the frame threshold with the best mean of frame F1 and
     note-with-offsets F1, for both rest on it; of THRESHOLDS."""
     best = {"onset": 0.5, "frame": 0.5}
-
-    def f1_of_frames(recording: Recording, logit: np.ndarray, threshold: float) -> float:
-        ref = notes_to_rolls(recording.notes, len(logit))[1] > 0
-        return roll_metrics("frame", ref, probability(logit) >= threshold)["metric/frame/frame_f1"]
-
+    rolls = [(notes_to_rolls(recording.notes, len(frame))[1] > 0, probability(frame), probability(onset))
+             for recording, (frame, onset) in zip(recordings, logits)]
     for head, name in (("onset", "note"), ("frame", "note-with-offsets")):
         means = []
         for threshold in THRESHOLDS:
-            tried = {**best, head: float(threshold)}
-            means.append(np.mean([note_metrics(recording.notes, estimated_notes(logit, tried, onset_target), (name,))[f"metric/{name}/f1"]
-                                  + (f1_of_frames(recording, logit[0], threshold) if head == "frame" else 0)
-                                  for recording, logit in zip(recordings, logits)]))
+            tried, f1s = {**best, head: float(threshold)}, []
+            for recording, (ref, frame, onset) in zip(recordings, rolls):
+                est = extract_notes(onset, frame, tried["onset"], tried["frame"], onset_target)
+                f1s.append(note_metrics(recording.notes, est, (name,))[f"metric/{name}/f1"])
+                if head == "frame":
+                    f1s[-1] += roll_metrics("frame", ref, frame >= threshold)["metric/frame/frame_f1"]
+            means.append(np.mean(f1s))
         if max(means) > 0:
             best[head] = float(THRESHOLDS[int(np.argmax(means))])
     return best

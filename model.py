@@ -52,7 +52,7 @@ class Recipe:
     cosine: bool = True              # warm-up and cosine to zero; else x 0.98 per 1000 steps
     clip_jointly: bool = True        # one gradient norm for all parameters; else each parameter by itself
     learning_rate: float = 1e-3      # at its peak
-    onset_target: str = "two"        # frames that an onset lasts; or "one"; or "soft", a triangle of +-50 ms: see `notes.py`
+    onset_target: str = "two"        # frames that an onset lasts, "one" or "two": see `notes_to_rolls`
     gain_db: float = 12.0            # segments are made softer by up to this many dB; this and the next: see `augment.py`
     equalise_db: float = 6.0         # octave bands are made softer or louder by up to this many dB
     room: float = 0.5                # probability of reverberation in a segment

@@ -16,9 +16,8 @@ from files import written_whole
 
 PEDAL_DOWN = 64     # CC64 from which the sustain pedal holds; the MIDI standard's switch point
 SUSTAIN_PEDAL = 64  # MIDI controller number
-SOFT_SECONDS = 0.05  # from the peak of a soft onset to its feet; Kong et al. 2021, Toyama et al. 2023
 ONE_SAMPLE_BACK = np.array([0, 1 / SAMPLE_RATE])  # of the offset, not of the onset
-ONSET_PLACES = {"one": (0,), "two": (0, 1), "soft": (-2, -1, 0, 1, 2)}  # frames that tell of a strike, counted from its own
+ONSET_PLACES = {"one": (0,), "two": (0, 1)}  # the frames of an onset, counted from that of its strike
 TICKS_PER_BEAT = 960  # at 120 BPM a tick is 0.52 ms
 
 
@@ -68,17 +67,20 @@ def n_frames_of(n_samples: int) -> int:
     return n_samples // HOP_SIZE
 
 
-def notes_to_rolls(notes: Notes, n_frames: int, start: int = 0) -> tuple[np.ndarray, np.ndarray]:
+def notes_to_rolls(notes: Notes, n_frames: int, start: int = 0, onset_target: str = "one") -> tuple[np.ndarray, np.ndarray]:
     """Draw the frames [start, start + n_frames) of a recording's notes as piano rolls.
 
     A key is on in the frame roll in every frame it sounds in, at least one; in the onset roll in the frame of its strike.
     A note that began before `start` sounds on without an onset, so a roll is the same cut or built.
 
+    Args:
+        onset_target: "one"; or "two", which has the onset last for the next frame too (Hawthorne et al. 2018: 32 ms of onset).
+
     Returns:
         The onset roll and the frame roll, (n_frames, 88) uint8 each.
     """
     onset, frame = np.zeros((2, n_frames, N_KEYS), dtype=np.uint8)
-    low, high = (start - 1) * HOP_SIZE / SAMPLE_RATE, (start + n_frames + 1) * HOP_SIZE / SAMPLE_RATE
+    low, high = (start - 2) * HOP_SIZE / SAMPLE_RATE, (start + n_frames + 1) * HOP_SIZE / SAMPLE_RATE
     near = (notes.intervals[: notes.intervals[:, 0].searchsorted(high), 1] > low).nonzero()[0]  # all that can be seen, and few more
     keys = notes.pitches[near] - MIN_MIDI
     # one sample back: a note that ends where frame t begins does not sound in frame t
@@ -91,32 +93,10 @@ def notes_to_rolls(notes: Notes, n_frames: int, start: int = 0) -> tuple[np.ndar
     places = ((begin - ends + lengths) * N_KEYS + keys).repeat(lengths)
     places += np.arange(0, len(places) * N_KEYS, N_KEYS)
     frame.ravel()[places] = 1
-    struck = (first >= 0) & (first < n_frames)
-    onset[first[struck], keys[struck]] = 1
+    for place in ONSET_PLACES[onset_target]:
+        struck = (first >= -place) & (first < n_frames - place)
+        onset[first[struck] + place, keys[struck]] = 1
     return onset, frame
-
-
-def onset_targets(notes: Notes, n_frames: int, start: int = 0, shape: str = "one") -> np.ndarray:
-    """Draw the strikes in the frames [start, start + n_frames) of a recording's notes as the onset head shall learn them.
-
-    Args:
-        shape: "one", the onset roll of `notes_to_rolls`; "two", the frame of the strike and the next (Hawthorne et al. 2018:
-            32 ms of onset); "soft", a triangle over time, 1 at the strike and 0 from SOFT_SECONDS on, read at the frames'
-            centres (Kong et al. 2021). Where two strikes of a key overlap the higher counts.
-
-    Returns:
-        (n_frames, 88) float32 in [0, 1].
-    """
-    edges = frames_to_seconds([start - 2, start + n_frames + 2])  # two frames to either side reach into these
-    first, last = np.searchsorted(notes.intervals[:, 0], edges)
-    onsets = notes.intervals[first:last, 0, None]                                                       # (N, 1) seconds
-    frames = seconds_to_frames(onsets) + ONSET_PLACES[shape]                                            # (N, places)
-    heights = np.clip(1 - abs(frames_to_seconds(frames) - onsets) / SOFT_SECONDS, 0, 1) if shape == "soft" else np.ones(frames.shape)
-    keys = np.broadcast_to(notes.pitches[first:last, None] - MIN_MIDI, frames.shape)
-    inside = (frames >= start) & (frames < start + n_frames)
-    targets = np.zeros((n_frames, N_KEYS), dtype=np.float32)
-    np.maximum.at(targets, (frames[inside] - start, keys[inside]), heights[inside].astype(np.float32))
-    return targets
 
 
 def hold_with_pedal(notes: Notes, pedal: list[tuple[float, int]], end: float) -> Notes:

@@ -32,7 +32,7 @@ from evaluate import (
     write_results,
 )
 from model import RECIPES, Sizes, build_model, load_checkpoint
-from notes import ONSET_PLACES, Notes, frames_to_seconds, notes_to_rolls, onset_targets
+from notes import ONSET_PLACES, Notes, frames_to_seconds, notes_to_rolls
 
 HOP = HOP_SIZE / SAMPLE_RATE  # seconds, 0.032
 HALF = {"onset": 0.5, "frame": 0.5}
@@ -165,15 +165,14 @@ def test_notes_of_an_hour_are_in_order():
     assert (notes.intervals[:, 1] > notes.intervals[:, 0]).all()
 
 
-@pytest.mark.parametrize("shape", ("two", "soft"))
+@pytest.mark.parametrize("shape", ONSET_PLACES)
 def test_the_target_rolls_tell_when_a_key_was_struck(shape):
-    """Of "two" all strikes of a frame look alike, and its centre is the best guess; "soft" says where in the frame it was."""
+    """All strikes of a frame look alike, and its centre is the best guess."""
     strikes = np.arange(1, 21) * 0.25 + np.linspace(0, 0.03, 20)
     notes = Notes(np.stack([strikes, strikes + 0.1], axis=1), [60] * 20, [80] * 20)
-    target = onset_targets(notes, 200, 0, shape)
-    found = extract_notes(target, notes_to_rolls(notes, 200)[1], onset_target=shape)
+    found = extract_notes(*notes_to_rolls(notes, 200, 0, shape), onset_target=shape)
     errors = found.intervals[:, 0] - strikes
-    assert len(found) == 20 and abs(errors).max() <= {"two": 0.016, "soft": 0.003}[shape]
+    assert len(found) == 20 and abs(errors).max() <= 0.016
 
 
 @pytest.mark.parametrize("before, later, frames", [(0, 0, 0), (0.4, 0, -0.4), (0, 0.3, 0.3), (0.2, 0.2, 0)])
@@ -198,24 +197,23 @@ def test_the_next_strike_does_not_move_the_one_before():
 def test_a_model_is_scored_by_what_it_was_taught(shape, monkeypatch):
     """A model that gives its own targets back: perfect onset rolls and notes, whatever the shape of an onset."""
     recording = recording_of(Notes([[0.5, 1.0], [1.03, 1.5], [1.55, 2.5]], [60, 64, 60], [80] * 3))
-    probabilities = np.clip(onset_targets(recording.notes, recording.n_frames, 0, shape), 1e-4, 1 - 1e-4)
+    probabilities = np.clip(notes_to_rolls(recording.notes, recording.n_frames, 0, shape)[0], 1e-4, 1 - 1e-4)
     logits = sure(recording)[0], np.log(probabilities / (1 - probabilities))
     monkeypatch.setattr(evaluate, "predict", lambda *_: [logits])
     model = build_model("rnn", Sizes(4, 8, 8), dataclasses.replace(RECIPES["default"], onset_target=shape))
     heard = []
     row, = evaluate_split(model, [recording], heard=heard)
     assert row["metric/frame/onset_f1"] == row["metric/note/f1"] == row["metric/note-with-offsets/f1"] == 1
-    assert abs(heard[0].intervals[:, 0] - recording.notes.intervals[:, 0]).max() <= {"one": 0.016, "two": 0.016, "soft": 0.003}[shape]
+    assert abs(heard[0].intervals[:, 0] - recording.notes.intervals[:, 0]).max() <= 0.016
     notes, _, _ = transcribe.transcribe(mock.Mock(infer=lambda _: tuple(map(torch.from_numpy, logits)), thresholds=model.thresholds,
                                                   recipe=model.recipe), np.zeros(512, np.float32))
     np.testing.assert_array_equal(notes.intervals, heard[0].intervals)
     assert tune_thresholds([recording], [logits], shape)["onset"] <= 0.7
 
 
-@pytest.mark.parametrize("shape", ("two", "soft"))
 @pytest.mark.parametrize("n_frames", (1, 2, 3))
-def test_strikes_at_the_edges_stay_inside(shape, n_frames):
-    notes = extract_notes(np.full((n_frames, 88), 0.9), np.zeros((n_frames, 88)), onset_target=shape)
+def test_strikes_at_the_edges_stay_inside(n_frames):
+    notes = extract_notes(np.full((n_frames, 88), 0.9), np.zeros((n_frames, 88)), onset_target="two")
     assert len(notes) == 88 and (notes.intervals >= 0).all() and (notes.intervals[:, 1] > notes.intervals[:, 0]).all()
     assert notes.intervals[:, 0].max() <= n_frames * HOP_SIZE / SAMPLE_RATE
 

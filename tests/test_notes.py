@@ -18,7 +18,6 @@ from notes import (
     hold_with_pedal,
     n_frames_of,
     notes_to_rolls,
-    onset_targets,
     read_keys,
     read_midi,
     seconds_to_frames,
@@ -260,42 +259,39 @@ def test_rolls_are_the_same_cut_or_built(n_frames):
 
 # --- onset targets ---
 
-@pytest.mark.parametrize("shape, expected", [("one", [0, 0, 1, 0, 0]), ("two", [0, 0, 1, 1, 0]), ("soft", [0, 0.2, 0.84, 0.52, 0])])
-def test_onset_targets_by_hand(shape, expected):
-    """Struck 8 ms after the centre of frame 2, so 40, 8 and 24 ms from the centres of frames 1, 2 and 3."""
-    notes = Notes([[2.5 * HOP_SECONDS + 0.008, 9]], [60], [80])
-    targets = onset_targets(notes, 5, 0, shape)
-    assert targets.shape == (5, 88) and targets.dtype == np.float32
-    np.testing.assert_allclose(targets[:, 60 - MIN_MIDI], expected, atol=1e-6)
+@pytest.mark.parametrize("shape, expected", [("one", [0, 0, 1, 0, 0]), ("two", [0, 0, 1, 1, 0])])
+@pytest.mark.parametrize("seconds", [0.02, 9])
+def test_onset_targets_by_hand(shape, expected, seconds):
+    """An onset over two frames is as long for a note shorter than that."""
+    onset = 2.5 * HOP_SECONDS + 0.008
+    targets = notes_to_rolls(Notes([[onset, onset + seconds]], [60], [80]), 5, 0, shape)[0]
+    assert targets.shape == (5, 88) and targets[:, 60 - MIN_MIDI].tolist() == expected
     assert targets.sum() == targets[:, 60 - MIN_MIDI].sum()
-
-
-def test_one_frame_of_onset_is_the_onset_roll():
-    notes = random_notes(3, 5.0, 40)
-    np.testing.assert_array_equal(onset_targets(notes, 156), notes_to_rolls(notes, 156)[0])
 
 
 @pytest.mark.parametrize("shape", ONSET_PLACES)
 def test_onset_targets_are_the_same_cut_or_built(shape):
-    """What lies before a segment or behind it reaches in."""
+    """What lies before a segment or behind it reaches in, and the frame roll knows nothing of it."""
     notes = Notes(*(np.concatenate(parts) for parts in zip(*((n.intervals, n.pitches, n.velocities)
                                                              for n in (random_notes(seed, 3.0, 30) for seed in range(5))))))
-    whole = onset_targets(notes, 90, 0, shape)
-    for length in (1, 2, 7, 45):
-        np.testing.assert_array_equal(np.concatenate([onset_targets(notes, length, start, shape) for start in range(0, 90, length)])[:90], whole)
+    for seconds in (notes.intervals, notes.intervals[:, :1] + [0, 1e-6]):
+        notes = Notes(seconds, notes.pitches, notes.velocities)
+        whole = np.stack(notes_to_rolls(notes, 90, 0, shape))
+        np.testing.assert_array_equal(whole[1], notes_to_rolls(notes, 90)[1])
+        for length in (1, 2, 7, 45):
+            cut = [np.stack(notes_to_rolls(notes, length, start, shape)) for start in range(0, 90, length)]
+            np.testing.assert_array_equal(np.concatenate(cut, axis=1)[:, :90], whole)
 
 
-def test_of_two_overlapping_onset_targets_the_higher_counts():
-    """The second is struck in the centre of frame 4, the first in that of frame 3."""
+def test_two_strikes_in_a_row_overlap():
     notes = Notes([[3.5 * HOP_SECONDS, 9], [4.5 * HOP_SECONDS, 9]], [60, 60], [80, 80])
-    np.testing.assert_allclose(onset_targets(notes, 8, 0, "soft")[:, 60 - MIN_MIDI], [0, 0, 0.36, 1, 1, 0.36, 0, 0], atol=1e-6)
-    assert onset_targets(notes, 8, 0, "two")[:, 60 - MIN_MIDI].tolist() == [0, 0, 0, 1, 1, 1, 0, 0]
+    assert notes_to_rolls(notes, 8, 0, "two")[0][:, 60 - MIN_MIDI].tolist() == [0, 0, 0, 1, 1, 1, 0, 0]
 
 
 @pytest.mark.parametrize("shape", ONSET_PLACES)
 def test_no_notes_no_onset_targets(shape):
-    assert onset_targets(Notes([], [], []), 4, 0, shape).shape == (4, 88)
-    assert onset_targets(Notes([[9, 10]], [60], [80]), 4, 0, shape).sum() == 0
+    assert notes_to_rolls(Notes([], [], []), 4, 0, shape)[0].shape == (4, 88)
+    assert notes_to_rolls(Notes([[9, 10]], [60], [80]), 4, 0, shape)[0].sum() == 0
 
 
 # --- broken files ---
