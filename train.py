@@ -23,7 +23,7 @@ import prepare
 from augment import augment, transposed, uniform
 from constants import HOP_SIZE, SAMPLE_RATE
 from dataset import Recording, Segments, find_table, folders_of, load_split
-from evaluate import estimated_notes, format_table, predict, score, summarise, tune_thresholds, write_results
+from evaluate import evaluate_split, format_table, predict, score, summarise, tune_thresholds, write_results
 from files import write_json, written_whole
 from model import (
     MODELS,
@@ -67,6 +67,14 @@ def learning_rate_factor(recipe: Recipe, iterations: int, step: int) -> float:
 def rank_and_world() -> tuple[int, int]:
     """This process's number and how many train together; (0, 1) without torchrun."""
     return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+
+
+def joined(model: nn.Module, device: torch.device) -> nn.Module:
+    """The model with its gradients averaged over all processes; itself where there is only one."""
+    if rank_and_world()[1] == 1:
+        return model
+    # buffers need no broadcast: batch norm sees the joint batch in every rank, and the mel filters do not change
+    return nn.parallel.DistributedDataParallel(model, [device] if device.type == "cuda" else None, broadcast_buffers=False)
 
 
 def batches(segments: Segments, batch_size: int, first: int, last: int, workers: int, device: torch.device) -> Iterator[dict]:
@@ -298,8 +306,10 @@ def train(args: argparse.Namespace, data: dict[str, list[Recording]], device: to
     if args.state:
         optimizer.load_state_dict(args.state["optimizer"])
         schedule.load_state_dict(args.state["scheduler"])
-        first, best = args.state["step"] + 1, args.state["best"]
-    parallel = nn.parallel.DistributedDataParallel(model, [device] if device.type == "cuda" else None) if world > 1 else model
+        first = args.state["step"] + 1
+        if args.data == folders_of(args.state["arguments"]["data"]):
+            best = args.state["best"]  # what was reached on other validation data says nothing about these
+    parallel = joined(model, device)
     minutes = {split: sum(len(r.audio) for r in recordings) / SAMPLE_RATE / 60 for split, recordings in data.items()}
     validation = [recording.until(VALIDATION_SECONDS) for recording in data["validation"]]
     config = {name: str(value) if isinstance(value, Path) else value for name, value in vars(args).items()
@@ -386,13 +396,11 @@ def train(args: argparse.Namespace, data: dict[str, list[Recording]], device: to
 def test(run: Path, args: argparse.Namespace, recordings: list[Recording], device: torch.device, log: Any) -> None:
     """Score the best checkpoint on the test split and write results.txt, .json and .csv. Raises OSError."""
     path = run / "model-best.pt"
-    model = load_checkpoint(path, device)
-    rows = []
-    for recording, logits in zip(recordings, predict(model, recordings)):
-        rows.append(score(recording, logits, model.thresholds, model.recipe.onset_target))
-        if args.save_midi:
-            write_midi(run / "midi" / Path(recording.name).with_suffix(".midi"),
-                       estimated_notes(logits, model.thresholds, model.recipe.onset_target))
+    model, heard = load_checkpoint(path, device), []
+    rows = evaluate_split(model, recordings, heard=heard)
+    if args.save_midi:
+        for recording, notes in zip(recordings, heard):
+            write_midi(run / "midi" / Path(recording.name).with_suffix(".midi"), notes)
     table = format_table(summarise(rows))
     with written_whole(run / "results.txt") as temporary:
         temporary.write_text(table + "\n", encoding="utf-8")

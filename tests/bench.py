@@ -80,8 +80,7 @@ def training(batches: Iterator[dict[str, Tensor]], learn: Callable[[dict[str, Te
     return work
 
 
-def our_training(args: argparse.Namespace, make_recordings: Callable[[], list[Recording]], recipe_name: str = "default",
-                 parallel: Callable = lambda net: net) -> Work:
+def our_training(args: argparse.Namespace, make_recordings: Callable[[], list[Recording]], recipe_name: str = "default") -> Work:
     """Training as train.py does it."""
     train.keep_pages()
     torch.manual_seed(0)
@@ -89,7 +88,7 @@ def our_training(args: argparse.Namespace, make_recordings: Callable[[], list[Re
     net = build_model("onf", SIZES, recipe).to(device).train()
     optimizer = train.adam(net, recipe.learning_rate)
     segments = Segments(make_recordings(), args.sequence_length, 0, recipe.onset_target)
-    wrapped = parallel(net)
+    wrapped = train.joined(net, device)
 
     def learn(batch: dict[str, Tensor]) -> None:
         losses = train.training_step(wrapped, recipe, optimizer, batch, device)
@@ -353,7 +352,7 @@ def share_of_training(args: argparse.Namespace) -> None:
     alone = os.environ["WORLD_SIZE"] == "1"
     if not alone:
         dist.init_process_group("gloo")
-    step = our_training(args, partial(some_recordings, 1, RECORDING_SECONDS), parallel=(lambda net: net) if alone else nn.parallel.DistributedDataParallel)
+    step = our_training(args, partial(some_recordings, 1, RECORDING_SECONDS))
     seconds = [step()["seconds"] for _ in range(args.rounds + 1)][1:]
     if os.environ["RANK"] == "0":
         write_json(args.json, seconds)

@@ -114,7 +114,7 @@ def test_save_midi_writes_what_is_heard(data_folder, tmp_path, monkeypatch, caps
         return [(20 * frame - 10, 20 * onset - 10) for onset, frame in drawn]
 
     shape = RECIPES["default"].onset_target
-    monkeypatch.setattr(train, "predict", perfect)
+    monkeypatch.setattr(evaluate, "predict", perfect)
     assert train.main(tiny(data_folder, tmp_path, "--model", "rnn", "-i", "2", "--save_midi")) == 0
     assert re.search(r"metric/note/f1 +: 1\.0000", capsys.readouterr().out)
     assert {path.name for path in (tmp_path / "midi").iterdir()} == {"r4.midi", "r5.midi"}
@@ -229,6 +229,16 @@ def test_a_run_resumed_elsewhere_leaves_a_whole_folder(finished, tmp_path):
     assert train.main(["--resume", str(finished / "model-2.pt"), "--logdir", str(tmp_path / "new"), "--device", "cpu"]) == 0
     assert_same_run(finished / "model-4.pt", tmp_path / "new" / "model-4.pt")
     assert {"model-best.pt", "results.txt", "results.json"} <= {path.name for path in (tmp_path / "new").iterdir()}
+
+
+def test_other_validation_data_begin_a_new_search_for_the_best(finished, data_folder, tmp_path):
+    """A score on other data is no measure: whatever it was, the resumed run's own best is kept."""
+    state = state_of(finished / "model-2.pt")
+    torch.save({**state, "best": 1.0}, tmp_path / "model-2.pt")
+    more = shutil.copytree(data_folder, tmp_path / "more")
+    for name, data, step in (("same", [], 2), ("other", ["--data", str(more)], 4)):
+        assert train.main(["--resume", str(tmp_path / "model-2.pt"), "--logdir", str(tmp_path / name), "--device", "cpu", *data]) == 0
+        assert state_of(tmp_path / name / "model-best.pt")["step"] == step
 
 
 def test_a_resumed_run_keeps_its_recipe(data_folder, tmp_path, monkeypatch):
