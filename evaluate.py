@@ -38,7 +38,7 @@ def extract_notes(onset: np.ndarray, frame: np.ndarray, onset_threshold: float =
         onset_target: what `onset` tells of a strike, as for `notes_to_rolls`.
 
     Returns:
-        Notes in order of onset. With the onset target "one" they begin at the centre of their first frame, with the others up to a
+        Notes in order of onset. With the onset target "one" they begin at the centre of their first frame, with "two" up to a
         frame and a half earlier or later; they end at the centre of their last frame, and last half a frame at least.
         Silence gives zero notes, with intervals of shape (0, 2).
 

@@ -39,13 +39,12 @@ CHUNK_FRAMES = 512  # frames convolved at a time in a long recording, 16 s: big 
 class Recipe:
     """What the default recipe does differently from the course's (Hawthorne et al. 2018 as taught in the homework).
 
-    The course's model scores zero for its first thousands of steps: un-normalised features saturate its recurrent layers,
-    and what comes out of two of them is too faint at first to learn from. The first four entries mend that. The rest is how
-    it is trained.
+    The course's model scores zero for its first thousands of steps: what comes out of two recurrent layers is too faint at
+    first to learn from. The linear path past them mends that most; the first three entries are of the model, the rest is how it is
+    trained.
     """
 
     normalise_mel: bool = True       # batch norm of each mel band over time, as in Kong et al. 2021
-    normalise_features: bool = True  # layer norm before each recurrent layer
     residual: bool = True            # a linear path past a head's recurrent layers, which then learn what it lacks (He et al. 2016)
     base_rate_bias: bool = True      # output biases start at the log-odds of silence
     tune_thresholds: bool = True     # on validation; else 0.5 and 0.5
@@ -65,7 +64,7 @@ class Recipe:
             raise ValueError(f"onset_target is one of {', '.join(ONSET_PLACES)}, not {self.onset_target!r}")
 
 
-RECIPES = {"default": Recipe(), "course": Recipe(False, False, False, False, False, False, False, 6e-4, "one", 0.0, 0.0, 0.0, 0.0, 0.0, 0)}
+RECIPES = {"default": Recipe(), "course": Recipe(False, False, False, False, False, False, 6e-4, "one", 0.0, 0.0, 0.0, 0.0, 0.0, 0)}
 
 
 def parse_recipe(text: str) -> Recipe:
@@ -124,12 +123,7 @@ class LogMelSpectrogram(nn.Module):
 class ConvStack(nn.Module):
     """The acoustic model of Kelz et al., ISMIR 2016 (their ConvNet), in the form of Hawthorne et al. 2018."""
 
-    def __init__(self, n_mels: int, cnn_unit: int, fc_unit: int, norm: nn.Module) -> None:
-        """
-        Args:
-            norm: of the features, (B, T, fc_unit). It comes before their dropout: the other way round it would scale what is
-                left, and features be larger by a half when nothing is dropped any more (Li et al., CVPR 2019).
-        """
+    def __init__(self, n_mels: int, cnn_unit: int, fc_unit: int) -> None:
         super().__init__()
         self.cnn = nn.Sequential(
             nn.Conv2d(1, cnn_unit, 3, padding=1), BatchNorm(cnn_unit), nn.ReLU(inplace=True),
@@ -137,7 +131,6 @@ class ConvStack(nn.Module):
             nn.Identity(), nn.Identity(),  # so that layers have the numbers they have in the course's checkpoints
             nn.Conv2d(cnn_unit, cnn_unit * 2, 3, padding=1), BatchNorm(cnn_unit * 2), PoolRectifyDrop(0.25))
         self.fc = nn.Sequential(nn.Linear(cnn_unit * 2 * (n_mels // 4), fc_unit), Dropout(0.5))
-        self.norm = norm
 
     def forward(self, mel: Tensor) -> Tensor:
         """(B, T, M) -> (B, T, fc_unit)."""
@@ -147,7 +140,7 @@ class ConvStack(nn.Module):
         # the weights instead is a thousandth of the work
         weight = linear.weight.unflatten(1, (x.shape[1], x.shape[3])).transpose(1, 2).flatten(1)
         x = x.permute(0, 2, 3, 1).flatten(2)                              # (B, C, T, M // 4) -> (B, T, M // 4 * C)
-        return dropout(self.norm(nn.functional.linear(x, weight, linear.bias)))  # -> (B, T, fc_unit)
+        return dropout(nn.functional.linear(x, weight, linear.bias))      # -> (B, T, fc_unit)
 
 
 def bi_lstm(inputs: int, units: int) -> nn.LSTM:
@@ -175,13 +168,8 @@ class Transcriber(nn.Module):
         self.melspectrogram = LogMelSpectrogram()
         self.mel_norm = BatchNorm(N_MELS, affine=False) if recipe.normalise_mel else nn.Identity()
 
-    def conv_stack(self, normalised: bool = True) -> ConvStack:
-        norm = self.norm(self.sizes.fc_unit) if normalised else nn.Identity()
-        return ConvStack(N_MELS, self.sizes.cnn_unit, self.sizes.fc_unit, norm)
-
-    def norm(self, features: int) -> nn.Module:
-        """Layer norm before a recurrent layer (Ba et al. 2016), where the recipe has it."""
-        return nn.LayerNorm(features) if self.recipe.normalise_features else nn.Identity()
+    def conv_stack(self) -> ConvStack:
+        return ConvStack(N_MELS, self.sizes.cnn_unit, self.sizes.fc_unit)
 
     def path(self, inputs: int) -> nn.Linear | None:
         """A head's linear path past its recurrent layers, where the recipe has it; the head's output layer has the bias."""
@@ -248,7 +236,7 @@ class Baseline(Transcriber):
 
     def __init__(self, sizes: Sizes, recipe: Recipe) -> None:
         super().__init__(sizes, recipe)
-        self.frame_conv_stack, self.onset_conv_stack = (self.conv_stack(normalised=False) for _ in range(2))
+        self.frame_conv_stack, self.onset_conv_stack = (self.conv_stack() for _ in range(2))
         self.frame_fc = self.output(sizes.fc_unit, FRAME_RATE)
         self.onset_fc = self.output(sizes.fc_unit, ONSET_RATE)
 
@@ -300,13 +288,12 @@ class OnsetsAndFrames(Transcriber):
     """Hawthorne et al., ISMIR 2018, figure 1, less the first sigmoid: the frame branch is told what the onset branch heard.
 
     The cue is detached: the frame loss must not teach the onset branch. Where the recipe has a path past the recurrent layers, it
-    is the frame branch's own answer, which these correct; normalised with the cue, as they read it, it no longer tells how sure it is.
+    is the frame branch's own answer, which these correct.
     """
 
     def __init__(self, sizes: Sizes, recipe: Recipe) -> None:
         super().__init__(sizes, recipe)
-        self.frame_conv_stack, self.onset_conv_stack = self.conv_stack(normalised=False), self.conv_stack()
-        self.combined_norm = self.norm(2 * N_KEYS)
+        self.frame_conv_stack, self.onset_conv_stack = self.conv_stack(), self.conv_stack()
         self.onset_lstm, self.onset_path = bi_lstm(sizes.fc_unit, sizes.lstm_unit), self.path(sizes.fc_unit)
         self.onset_fc = self.output(2 * sizes.lstm_unit, ONSET_RATE)
         self.frame_fc = nn.Linear(sizes.fc_unit, N_KEYS)
@@ -318,7 +305,7 @@ class OnsetsAndFrames(Transcriber):
 
     def recur(self, frame: Tensor, onset: Tensor) -> tuple[Tensor, Tensor]:
         onset = recurrent_head(onset, self.onset_lstm, self.onset_fc, self.onset_path)          # (B, T, C) -> (B, T, K)
-        combined = self.combined_norm(torch.cat([frame, onset.detach()], dim=-1))               # (B, T, 2K)
+        combined = torch.cat([frame, onset.detach()], dim=-1)                                   # (B, T, 2K)
         logit = self.combined_fc(self.combined_lstm(combined)[0])                               # -> (B, T, 2H) -> (B, T, K)
         return logit + frame if self.recipe.residual else logit, onset
 
