@@ -304,7 +304,7 @@ def performances_of(source: Path, split: str | None) -> list[tuple[Path, Row]]:
         name = path.relative_to(source)
         piece = str(name.parent) if len(name.parts) > 1 else name.stem
         place = {0: "validation", 1: "test"}.get(int(rank_of(piece), 16) % HELD_OUT, "train")
-        performances.append((path, {"canonical_composer": name.parts[0], "canonical_title": piece, "split": split or place, "midi_filename": str(name)}))
+        performances.append((path, {"canonical_composer": Path(piece).parts[0], "canonical_title": piece, "split": split or place, "midi_filename": str(name)}))
     if not performances:
         raise ValueError(f"{source}: holds no .mid or .midi files")
     return performances
