@@ -338,6 +338,7 @@ def test_performances_are_rendered_on_every_soundfont(tmp_path, capsys):
     assert sorted(row["audio_filename"] for row in rows) == sorted(
         f"{font}/{name}.flac" for font in ("TimGM6mb", "Other") for name in ("Bach/Fugue 1/a", "Bach/Fugue 1/b", "Sonata Op.27 No.2"))
     assert len({row["split"] for row in rows if row["canonical_title"] == "Bach/Fugue 1"}) == 1  # a piece stays in one split
+    assert {row["canonical_composer"] for row in rows} == {"Bach", "Sonata Op.27 No.2"}
     for row in rows:
         audio, notes = load_audio(out / row["audio_filename"]), read_midi(out / row["midi_filename"])
         assert abs(notes.intervals[0, 0] - 0.2) < 0.001
