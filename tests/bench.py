@@ -269,11 +269,11 @@ def labelled(args: argparse.Namespace) -> tuple[list[Recording], list[tuple[int,
 
 def our_labels(args: argparse.Namespace) -> Work:
     recordings, places = labelled(args)
-    segments = Segments(recordings, args.sequence_length, 0)
+    segments = Segments(recordings, args.sequence_length, 0, model.RECIPES["default"].onset_target)
 
     def labels(_: Any) -> None:
         for number, start in places:
-            notes_to_rolls(recordings[number].notes, segments.n_frames, start)
+            notes_to_rolls(recordings[number].notes, segments.n_frames, start, segments.onset_target)
 
     def cut(_: Any) -> None:
         for place in places:
