@@ -11,7 +11,8 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from matplotlib.figure import Figure  # noqa: E402  # after the path
+import numpy as np  # noqa: E402  # after the path
+from matplotlib.figure import Figure  # noqa: E402
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator  # noqa: E402
 
 from dataset import load_split  # noqa: E402
@@ -19,17 +20,21 @@ from files import written_whole  # noqa: E402
 from model import load_checkpoint  # noqa: E402
 from transcribe import draw, transcribe  # noqa: E402
 
+MEAN_OF = 20  # one segment's loss is many times another's
+
 
 def draw_learning_curve(run: Path, path: Path) -> None:
-    """Training losses and validation F1 over steps, out of the TensorBoard events of a run."""
+    """Losses and validation F1 over steps, out of the TensorBoard events of a run; training losses are means of MEAN_OF logged ones."""
     events = EventAccumulator(str(run), size_guidance={"scalars": 0})
     events.Reload()
     figure = Figure(figsize=(10, 4), layout="constrained")
     left, right = figure.subplots(1, 2)
     for tag, label in (("train/onset_loss", "onset, training"), ("metric/loss/onset_loss", "onset, validation"),
                        ("train/frame_loss", "frame, training"), ("metric/loss/frame_loss", "frame, validation")):
-        points = events.Scalars(tag)
-        left.plot([p.step for p in points], [p.value for p in points], "o-" if "metric" in tag else "-", label=label, markersize=4)
+        steps, losses = np.array([(p.step, p.value) for p in events.Scalars(tag)]).T
+        if "train" in tag and len(steps) >= MEAN_OF:
+            steps, losses = (np.convolve(values, np.full(MEAN_OF, 1 / MEAN_OF), "valid") for values in (steps, losses))
+        left.plot(steps, losses, "o-" if "metric" in tag else "-", label=label, markersize=4)
     left.set(yscale="log", xlabel="step", ylabel="binary cross entropy", title="losses")
     for tag in ("metric/note/f1", "metric/note-with-offsets/f1", "metric/frame/frame_f1"):
         points = events.Scalars(tag)
