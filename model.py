@@ -40,8 +40,8 @@ class Recipe:
     """What the default recipe does differently from the course's (Hawthorne et al. 2018 as taught in the homework).
 
     The course's model scores zero for its first thousands of steps: what comes out of two recurrent layers is too faint at
-    first to learn from. The linear path past them mends that most; the first three entries are of the model, the rest is how it is
-    trained.
+    first to learn from. The linear path past them and biases at the base rates mend that. The first three entries are of the
+    model, the rest is how it is trained.
     """
 
     normalise_mel: bool = True       # batch norm of each mel band over time, as in Kong et al. 2021
