@@ -6,6 +6,7 @@ the centre errs by at most 16 ms and by 0 ms on average. The spectrogram centres
 """
 
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
@@ -46,6 +47,13 @@ class Notes:
     def __len__(self) -> int:
         return len(self.pitches)
 
+    @cached_property
+    def frames(self) -> np.ndarray:
+        """(2, N) int64: the frame of each strike, and the first in which the note is silent. Kept, for every segment asks for them."""
+        # one sample back: a note that ends where frame t begins does not sound in frame t
+        first, last = seconds_to_frames(self.intervals - ONE_SAMPLE_BACK).T
+        return np.stack([first, np.maximum(first, last) + 1])
+
     def until(self, seconds: float) -> "Notes":
         """The notes that begin before `seconds`, cut off there."""
         keep = self.intervals[:, 0] < seconds
@@ -80,22 +88,20 @@ def notes_to_rolls(notes: Notes, n_frames: int, start: int = 0, onset_target: st
         The onset roll and the frame roll, (n_frames, 88) uint8 each.
     """
     onset, frame = np.zeros((2, n_frames, N_KEYS), dtype=np.uint8)
-    low, high = (start - 2) * HOP_SIZE / SAMPLE_RATE, (start + n_frames + 1) * HOP_SIZE / SAMPLE_RATE
-    near = (notes.intervals[: notes.intervals[:, 0].searchsorted(high), 1] > low).nonzero()[0]  # all that can be seen, and few more
-    keys = notes.pitches[near] - MIN_MIDI
-    # one sample back: a note that ends where frame t begins does not sound in frame t
-    first, last = (seconds_to_frames(notes.intervals[near] - ONE_SAMPLE_BACK) - start).T
-    stop = np.minimum(np.maximum(last, first) + 1, n_frames)
+    first, stop = notes.frames
+    near = (stop[: first.searchsorted(start + n_frames)] >= start).nonzero()[0]  # all that can be seen; an onset reaches in by a frame
+    first, stop, keys = first[near] - start, stop[near] - start, notes.pitches[near] - MIN_MIDI
     begin = np.maximum(first, 0)
-    lengths = np.maximum(stop - begin, 0)
+    lengths = np.minimum(stop, n_frames) - begin
     # where the frames begin, begin + 1, … of every note lie in the flattened roll, one note after the other: no loop over notes
     ends = lengths.cumsum()
     places = ((begin - ends + lengths) * N_KEYS + keys).repeat(lengths)
     places += np.arange(0, len(places) * N_KEYS, N_KEYS)
     frame.ravel()[places] = 1
+    strikes = first * N_KEYS + keys
     for place in ONSET_PLACES[onset_target]:
-        struck = (first >= -place) & (first < n_frames - place)
-        onset[first[struck] + place, keys[struck]] = 1
+        low, high = first.searchsorted((-place, n_frames - place))
+        onset.ravel()[strikes[low:high] + place * N_KEYS] = 1
     return onset, frame
 
 
