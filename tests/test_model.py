@@ -204,7 +204,7 @@ def test_other_models_have_independent_heads(name):
 
 
 def test_conv_stack_halves_the_bands_twice_and_keeps_time():
-    stack = ConvStack(N_MELS, 4, 8, nn.Identity())
+    stack = ConvStack(N_MELS, 4, 8)
     assert stack.cnn(noise(2, 1, 7, N_MELS)).shape == (2, 8, 7, 57)
     assert stack(noise(2, 7, N_MELS)).shape == (2, 7, 8)
     assert [layer.p for layer in stack.modules() if isinstance(layer, Dropout)] == [0.25, 0.25, 0.5]

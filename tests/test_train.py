@@ -475,7 +475,7 @@ def test_a_learning_rate_in_the_recipe_is_typed_too():
 @pytest.mark.parametrize("text, message", [
     ("cake", "'cake' is no recipe, choose from default, course"), ("cosine=True", "'cosine=True' is no recipe"), ("", "'' is no recipe"),
     ("default,cosin=True", "'cosin' is no entry of a recipe, choose from normalise_mel, "), ("default,", "'' is no entry"),
-    ("default,onset_target=three", "onset_target is one of one, two, soft, not 'three'"),
+    ("default,onset_target=three", "onset_target is one of one, two, not 'three'"),
     ("default,transpose=1.5", "transpose is a whole number from 0 on, not '1.5'"),
     ("default,cosine=yes", "cosine is True or False, not 'yes'"), ("default,cosine", "cosine is True or False, not ''"),
     ("default,gain_db=loud", "gain_db is a number from 0 on, not 'loud'"), ("default,gain_db=-1", "not '-1'"), ("default,gain_db=nan", "not 'nan'"),
