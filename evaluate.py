@@ -137,10 +137,9 @@ def score(recording: Recording, logits: tuple[np.ndarray, np.ndarray], threshold
     """
     frame_logit, onset_logit = logits
     n_frames = len(frame_logit)
-    onset_roll, frame_roll = notes_to_rolls(recording.notes, n_frames)
-    target = notes_to_rolls(recording.notes, n_frames, 0, onset_target)[0]
+    target, frame_roll = notes_to_rolls(recording.notes, n_frames, 0, onset_target)
     est = estimated_notes(logits, thresholds, onset_target)
-    ref = recording.notes if reference == "midi" else extract_notes(onset_roll, frame_roll)
+    ref = recording.notes if reference == "midi" else extract_notes(*notes_to_rolls(recording.notes, n_frames))
     bce = torch.nn.functional.binary_cross_entropy_with_logits
     losses = {f"metric/loss/{name}_loss": float(bce(torch.from_numpy(logit), torch.from_numpy(roll).float()))
               for name, logit, roll in (("frame", frame_logit, frame_roll), ("onset", onset_logit, target))}

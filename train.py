@@ -208,7 +208,7 @@ def build_parser(**defaults: Any) -> argparse.ArgumentParser:
     add = parser.add_argument
     add("--model", "--model_type", type=str.lower, choices=tuple(MODELS), default="onf", help="which transcriber")
     add("--recipe", type=recipe, default="default", metavar="NAME[,ENTRY=VALUE...]",
-        help=f"{' or '.join(RECIPES)}, the homework's exact training; entries of Recipe in model.py may be replaced: default,cosine=False")
+        help=f"{' or '.join(RECIPES)}, the homework's models and training settings; entries of Recipe in model.py may be replaced: default,cosine=False")
     add("--data", nargs="+", default=["data"], help="data folders, see prepare.py; a split is that of all of them")
     add("--onset_data", nargs="*", default=[], help="more folders for training, from which onsets alone are learnt: their offsets "
         "follow another convention than those of --data")
