@@ -46,6 +46,7 @@ from notes import write_midi
 
 MAX_NORM = 3.0           # of the gradient; Hawthorne et al. 2018
 WARM_UP = 100            # steps until the learning rate is at its peak
+GPU_WORKERS = 4          # processes that cut segments for a GPU
 VALIDATION_SECONDS = 60  # of each validation recording, so that a whole MAESTRO does not stall training
 REPORTED = ("metric/loss/frame_loss", "metric/loss/onset_loss", "metric/frame/frame_f1", "metric/frame/onset_f1",
             "metric/note/f1", "metric/note-with-offsets/f1")
@@ -77,8 +78,10 @@ def joined(model: nn.Module, device: torch.device) -> nn.Module:
     return nn.parallel.DistributedDataParallel(model, [device] if device.type == "cuda" else None, broadcast_buffers=False)
 
 
-def batches(segments: Segments, batch_size: int, first: int, last: int, workers: int, device: torch.device) -> Iterator[dict]:
+def batches(segments: Segments, batch_size: int, first: int, last: int, workers: int | None, device: torch.device) -> Iterator[dict]:
     """The batches of steps first to last; each rank gets its share of each, and all shares make the batch of one process."""
+    if workers is None:  # a GPU would wait for segments to be cut; beside a training CPU other processes are in its way
+        workers = GPU_WORKERS if device.type == "cuda" else 0
     rank, world = rank_and_world()
     share = batch_size // world
     numbers = [range((step - 1) * batch_size + rank * share, (step - 1) * batch_size + (rank + 1) * share)
@@ -226,7 +229,7 @@ def build_parser(**defaults: Any) -> argparse.ArgumentParser:
     add("--save_midi", action="store_true", help="write what is heard in the test recordings as MIDI files")
     add("--resume", type=Path, metavar="CKPT", help="go on from this checkpoint as if never stopped")
     add("--debug", action="store_true", help="the whole path at toy size in about three minutes; makes the demo data if there is none")
-    add("--num_workers", type=count, default=0, help="processes that cut segments ahead; they change no result")
+    add("--num_workers", type=count, help=f"processes that cut segments ahead; they change no result; by default {GPU_WORKERS} beside a GPU, else none")
     add("--device", default="auto", help="auto, cpu, cuda or mps")
     parser.set_defaults(**defaults)
     return parser

@@ -94,7 +94,7 @@ def our_training(args: argparse.Namespace, make_recordings: Callable[[], list[Re
         losses = train.training_step(wrapped, recipe, optimizer, batch, device)
         if device.type == "cpu":
             train.any_rank(not math.isfinite(sum(losses.values()).item()))
-    return training(train.batches(segments, args.batch_size, 1, 10000, 0, device), learn, device)
+    return training(train.batches(segments, args.batch_size, 1, 10000, None, device), learn, device)
 
 
 def reference_training(args: argparse.Namespace, make_recordings: Callable[[], list[Recording]]) -> Work:
@@ -295,7 +295,7 @@ def drawing(args: argparse.Namespace, folder: Path, hours: float) -> Work:
     """Batches, training steps and the process's memory with so many hours of data."""
     recordings = mapped_recordings(folder, round(hours * 3600 / RECORDING_SECONDS), RECORDING_SECONDS)
     steps = our_training(args, lambda: recordings)
-    batches = train.batches(Segments(recordings, args.sequence_length, 1), args.batch_size, 1, 10000, 0, pick_device(args.device))
+    batches = train.batches(Segments(recordings, args.sequence_length, 1), args.batch_size, 1, 10000, None, pick_device(args.device))
 
     def work() -> Numbers:
         start = time.perf_counter()
