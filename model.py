@@ -41,13 +41,14 @@ class Recipe:
     """What the default recipe does differently from the course's (Hawthorne et al. 2018 as taught in the homework).
 
     The course's model scores zero for its first thousands of steps: what comes out of two recurrent layers is too faint at
-    first to learn from. The linear path past them and biases at the base rates mend that. The first three entries are of the
+    first to learn from. The linear path past them and biases at the base rates mend that. The first four entries are of the
     model, the rest is how it is trained.
     """
 
     normalise_mel: bool = True       # batch norm of each mel band over time, as in Kong et al. 2021
     residual: bool = True            # a linear path past a head's recurrent layers, which then learn what it lacks (He et al. 2016)
     base_rate_bias: bool = True      # output biases start at the log-odds of silence
+    combined_unit: int = 256         # hidden units in each direction of what joins onsets and frames in `onf`; the course has 88
     tune_thresholds: bool = True     # on validation; else 0.5 and 0.5
     cosine: bool = True              # warm-up and cosine to zero; else x 0.98 per 1000 steps
     clip_jointly: bool = True        # one gradient norm for all parameters; else each parameter by itself
@@ -61,11 +62,13 @@ class Recipe:
     transpose: int = 3               # and moved by up to this many whole ones, with their labels
 
     def __post_init__(self) -> None:
+        if not self.combined_unit:
+            raise ValueError("combined_unit is a whole number from 1 on, not 0")
         if self.onset_target not in ONSET_PLACES:
             raise ValueError(f"onset_target is one of {', '.join(ONSET_PLACES)}, not {self.onset_target!r}")
 
 
-RECIPES = {"default": Recipe(), "course": Recipe(False, False, False, False, False, False, 6e-4, "one", 0.0, 0.0, 0.0, 0.0, 0.0, 0)}
+RECIPES = {"default": Recipe(), "course": Recipe(False, False, False, 88, False, False, False, 6e-4, "one", 0.0, 0.0, 0.0, 0.0, 0.0, 0)}
 
 
 def parse_recipe(text: str) -> Recipe:
@@ -298,8 +301,8 @@ class OnsetsAndFrames(Transcriber):
         self.onset_lstm, self.onset_path = bi_lstm(sizes.fc_unit, sizes.lstm_unit), self.path(sizes.fc_unit)
         self.onset_fc = self.output(2 * sizes.lstm_unit, ONSET_RATE)
         self.frame_fc = nn.Linear(sizes.fc_unit, N_KEYS)
-        self.combined_lstm = bi_lstm(2 * N_KEYS, sizes.lstm_unit)
-        self.combined_fc = self.output(2 * sizes.lstm_unit, FRAME_RATE)
+        self.combined_lstm = bi_lstm(2 * N_KEYS, recipe.combined_unit)
+        self.combined_fc = self.output(2 * recipe.combined_unit, FRAME_RATE)
 
     def convolve(self, mel: Tensor) -> tuple[Tensor, ...]:
         return self.frame_fc(self.frame_conv_stack(mel)), self.onset_conv_stack(mel)

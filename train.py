@@ -147,6 +147,24 @@ def any_rank(*flags: bool) -> list[bool]:
     return [bool(flag) for flag in raised]
 
 
+def begin_with(model: Transcriber, path: Path) -> list[str]:
+    """Load the weights of a checkpoint into those of the model that have the same name and shape.
+
+    Returns:
+        The layers that stay as they are, in whole or in part.
+
+    Raises:
+        OSError, ValueError: the checkpoint cannot be read, or none of its weights fit.
+    """
+    own, given = model.state_dict(), read_checkpoint(path)["weights"]
+    fitting = {name: value for name, value in given.items() if isinstance(value, Tensor) and name in own and own[name].shape == value.shape}
+    learnt = [name for name, _ in model.named_parameters()]
+    if not set(learnt) & set(fitting):
+        raise ValueError(f"{path}: none of its weights fit this model")
+    model.load_state_dict(fitting, strict=False)
+    return sorted({name.split(".")[0] for name in learnt if name not in fitting})
+
+
 def validate(model: Transcriber, recordings: list[Recording]) -> dict[str, float]:
     """Mean validation metrics; where the recipe says so, the model's thresholds are tuned on the same recordings first."""
     model.eval()
@@ -224,6 +242,8 @@ def build_parser(**defaults: Any) -> argparse.ArgumentParser:
     add("--validation_interval", "-vi", type=positive(int), default=500, help="steps between validations and checkpoints")
     add("--cnn_unit", "-cnn", type=positive(int), default=Sizes.cnn_unit, help="channels of the first convolutions")
     add("--fc_unit", "-fc", type=positive(int), default=Sizes.fc_unit, help="features of a frame after the convolutions")
+    add("--weights", type=Path, metavar="CKPT", help="begin with the weights of this checkpoint where they fit, to adapt it or to enlarge it; "
+        "for the same run again there is --resume")
     add("--seed", type=count, default=0, help="of weights, segments and dropout")
     add("--logdir", type=Path, help="run folder; by default runs/exp_ and the time, or the resumed run's")
     add("--save_midi", action="store_true", help="write what is heard in the test recordings as MIDI files")
@@ -254,6 +274,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         state = read_checkpoint(typed["resume"])
         if "optimizer" not in state:
             raise ValueError(f"{typed['resume']}: holds weights only and cannot be resumed")
+        if "weights" in typed:
+            raise ValueError(f"--weights {typed['weights']}: a resumed run goes on with its own")
         for name in FIXED:
             if name in typed and typed[name] != state["arguments"][name]:
                 raise ValueError(f"--{name} {typed[name]}: the resumed run has {state['arguments'][name]}, start a new run to change it")
@@ -300,7 +322,9 @@ def train(args: argparse.Namespace, data: dict[str, list[Recording]], device: to
     if args.state:
         model = model_of(args.state, args.resume).to(device)
     else:
-        model = build_model(args.model, Sizes(args.cnn_unit, args.fc_unit), parse_recipe(args.recipe)).to(device)
+        model = build_model(args.model, Sizes(args.cnn_unit, args.fc_unit), parse_recipe(args.recipe))
+        anew = begin_with(model, args.weights) if args.weights else []
+        model.to(device)
     recipe = model.recipe  # a resumed run keeps the one it began with
     model.train()
     optimizer = adam(model, args.learning_rate, args.weight_decay)
@@ -325,6 +349,7 @@ def train(args: argparse.Namespace, data: dict[str, list[Recording]], device: to
     log(f"{args.model}, {n_parameters(model):,} parameters, recipe {args.recipe}, seed {args.seed}, on {device}"
         + (f" x {world}" if world > 1 else "") + f", into {run}\n"
         + f"data {' '.join(args.data + args.onset_data)}: " + ", ".join(f"{len(data[split])} {split} ({minutes[split]:.1f} min)" for split in data)
+        + (f"\nweights of {args.weights}" + (f", but for {', '.join(anew)}" if anew else "") if args.weights and not args.state else "")
         + f"\nsteps {first} to {args.iterations} of {args.batch_size} x {args.sequence_length / SAMPLE_RATE:.1f} s")
     if rank == 0:
         from torch.utils.tensorboard import SummaryWriter  # slow to import, and only needed here
