@@ -154,15 +154,15 @@ def begin_with(model: Transcriber, path: Path) -> list[str]:
         The layers that stay as they are, in whole or in part.
 
     Raises:
-        OSError, ValueError: the checkpoint cannot be read, or none of its weights fit.
+        OSError, ValueError: the checkpoint cannot be read, or holds another kind of model.
     """
-    own, given = model.state_dict(), read_checkpoint(path)["weights"]
-    fitting = {name: value for name, value in given.items() if isinstance(value, Tensor) and name in own and own[name].shape == value.shape}
-    learnt = [name for name, _ in model.named_parameters()]
-    if not set(learnt) & set(fitting):
-        raise ValueError(f"{path}: none of its weights fit this model")
+    state, own = read_checkpoint(path), model.state_dict()
+    if MODELS[state["model"]] is not type(model):
+        raise ValueError(f"{path}: holds a {state['model']!r} model; --model {state['model']} can begin with its weights")
+    fitting = {name: value for name, value in state["weights"].items()
+               if isinstance(value, Tensor) and name in own and own[name].shape == value.shape}
     model.load_state_dict(fitting, strict=False)
-    return sorted({name.split(".")[0] for name in learnt if name not in fitting})
+    return sorted({name.split(".")[0] for name, _ in model.named_parameters() if name not in fitting})
 
 
 def validate(model: Transcriber, recordings: list[Recording]) -> dict[str, float]:

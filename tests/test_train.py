@@ -21,7 +21,7 @@ import train
 from augment import transposed
 from constants import HOP_SIZE
 from dataset import Segments, load_split
-from model import RECIPES, Sizes, build_model, load_checkpoint
+from model import RECIPES, Sizes, build_model, load_checkpoint, parse_recipe
 from notes import ONSET_PLACES, notes_to_rolls, read_midi
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -359,6 +359,39 @@ def test_a_resumed_run_is_not_contradicted(flags, finished, tmp_path, capsys):
 def test_weights_alone_are_not_resumed(checkpoint, capsys):
     assert train.main(["--resume", str(checkpoint)]) == 1
     assert "holds weights only" in capsys.readouterr().err
+
+
+# --- beginning with other weights ---
+
+def test_a_run_begins_with_the_weights_it_is_given(finished, data_folder, tmp_path, capsys):
+    """And, but for chance, with nothing else of that run."""
+    given = finished / "model-4.pt"
+    assert train.main(tiny(data_folder, tmp_path, "--weights", str(given), "-i", "1", "-lr", "1e-12")) == 0
+    assert f"weights of {given}\nsteps 1 to 1 of" in capsys.readouterr().out
+    state = state_of(tmp_path / "model-1.pt")
+    assert state["step"] == 1 and state["arguments"]["weights"] == str(given)
+    learnt = [name for name, _ in load_checkpoint(given).named_parameters()]
+    assert all(torch.allclose(state["weights"][name], state_of(given)["weights"][name], atol=1e-9) for name in learnt)
+    resumed = ["--resume", str(tmp_path / "model-1.pt"), "-i", "2", "--device", "cpu"]
+    assert train.main([*resumed, "--weights", str(given)]) == 1 and "--weights" in capsys.readouterr().err
+    assert train.main(resumed) == 0 and "weights of" not in capsys.readouterr().out
+
+
+def test_layers_that_the_weights_do_not_fit_begin_anew(finished, data_folder, tmp_path, capsys):
+    model = build_model("onf", Sizes(4, 8), parse_recipe("default,combined_unit=8"))
+    own = {name: value.clone() for name, value in model.state_dict().items()}
+    assert train.begin_with(model, finished / "model-4.pt") == ["combined_fc", "combined_lstm"]
+    given = state_of(finished / "model-4.pt")["weights"]
+    for name, value in model.state_dict().items():
+        assert torch.equal(value, given[name] if given[name].shape == value.shape else own[name])
+    flags = tiny(data_folder, tmp_path, "--weights", str(finished / "model-4.pt"), "-i", "1", "--recipe", "default,combined_unit=8")
+    assert train.main(flags) == 0 and "model-4.pt, but for combined_fc, combined_lstm\n" in capsys.readouterr().out
+
+
+def test_weights_of_another_model_are_refused(finished, data_folder, tmp_path, capsys):
+    assert train.main(tiny(data_folder, tmp_path / "run", "--weights", str(finished / "model-4.pt"), "--model", "rnn")) == 1
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1 and "holds a 'onf' model" in error and not (tmp_path / "run").exists()
 
 
 # --- several processes ---
