@@ -1,5 +1,6 @@
 """Recordings on disk: tables of MAESTRO's shape, audio and notes kept in a cache, segments cut for training."""
 
+import contextlib
 import csv
 import hashlib
 import json
@@ -169,6 +170,16 @@ def load_recording(name: str, audio_path: Path, midi_path: Path) -> Recording:
     return Recording(name, audio, notes, midi_path)
 
 
+def allow_files(most: int = 10240) -> None:
+    """Let this process have so many files open, where the system does: each mapped recording is one, and many allow 1024 or 256."""
+    with contextlib.suppress(ImportError, OSError, ValueError):
+        import resource  # Windows has neither it nor the limit
+        soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+        wanted = most if hard == resource.RLIM_INFINITY else min(most, hard)
+        if soft != resource.RLIM_INFINITY and soft < wanted:
+            resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
+
+
 def folders_of(data: str | Path | Sequence[str | Path]) -> list[str]:
     """One data folder or several, as a list."""
     return [str(data)] if isinstance(data, (str, Path)) else [str(folder) for folder in data]
@@ -183,6 +194,7 @@ def load_split(data: str | Path | Sequence[str | Path], split: str, limit: int |
     Raises:
         OSError, ValueError: a file is missing or broken, the message names it; or the split is empty, or a folder given twice.
     """
+    allow_files()
     folders = folders_of(data)
     paths = [os.path.abspath(folder) for folder in folders]
     parent = os.path.commonpath(paths)

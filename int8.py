@@ -13,7 +13,7 @@ from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from layers import pairs
 
-RANGE = 12.0   # standard deviations over its mean up to which a feature is told; validation F1 is the same with 6 and with 24
+RANGE = 24.0   # standard deviations over its mean up to which a feature is told: those of onsets are rare and far from the rest
 LARGEST = 255  # of an unsigned byte
 SMALLEST_STEP = 1e-5  # of a channel that batch norm keeps below zero
 

@@ -152,9 +152,15 @@ def bi_lstm(inputs: int, units: int) -> nn.LSTM:
     return nn.LSTM(inputs, units, num_layers=2, batch_first=True, bidirectional=True)
 
 
+def in_context(features: Tensor, lstm: nn.LSTM) -> Tensor:
+    """(B, T, C) -> (B, T, 2H). On CUDA in float32, for autocast would make float16 of it there, too coarse for the gradients."""
+    with torch.autocast("cuda", enabled=False):
+        return lstm(features.float() if features.is_cuda else features)[0]
+
+
 def recurrent_head(features: Tensor, lstm: nn.LSTM, output: nn.Linear, path: nn.Linear | None) -> Tensor:
     """(B, T, C) -> logits (B, T, K)."""
-    logit = output(lstm(features)[0])                                     # (B, T, C) -> (B, T, 2H) -> (B, T, K)
+    logit = output(in_context(features, lstm))                            # (B, T, C) -> (B, T, 2H) -> (B, T, K)
     return logit if path is None else logit + path(features)
 
 
@@ -310,7 +316,7 @@ class OnsetsAndFrames(Transcriber):
     def recur(self, frame: Tensor, onset: Tensor) -> tuple[Tensor, Tensor]:
         onset = recurrent_head(onset, self.onset_lstm, self.onset_fc, self.onset_path)          # (B, T, C) -> (B, T, K)
         combined = torch.cat([frame, onset.detach()], dim=-1)                                   # (B, T, 2K)
-        logit = self.combined_fc(self.combined_lstm(combined)[0])                               # -> (B, T, 2H) -> (B, T, K)
+        logit = self.combined_fc(in_context(combined, self.combined_lstm))                      # -> (B, T, 2H) -> (B, T, K)
         return logit + frame if self.recipe.residual else logit, onset
 
 
@@ -328,15 +334,20 @@ def for_inference(model: Transcriber) -> Transcriber:
     model = copy.deepcopy(model).eval()
     kind = next(model.parameters()).device.type
     rounded = torch.is_autocast_enabled(kind)
-    for name, stack in [(name, module) for name, module in model.named_children() if isinstance(module, ConvStack)]:
-        if rounded and kind == "cpu":  # one that multiplies bfloat16 multiplies bytes twice as fast
-            setattr(model, name, Int8ConvStack(stack))
+    layers = [(module, name, layer) for module in model.modules() for name, layer in module.named_children()]
+    for parent, name, layer in layers:
+        if isinstance(layer, nn.LSTM):
+            layer.flatten_parameters()  # on CUDA a copy's are scattered
+        if type(layer) is not ConvStack:
             continue
-        for i, layer in enumerate(stack.cnn):
-            if isinstance(layer, BatchNorm):
-                stack.cnn[i - 1], stack.cnn[i] = fuse_conv_bn_eval(stack.cnn[i - 1], layer), nn.Identity()
+        if rounded and kind == "cpu":  # one that multiplies bfloat16 multiplies bytes twice as fast
+            setattr(parent, name, Int8ConvStack(layer))
+            continue
+        for i, norm in enumerate(layer.cnn):
+            if isinstance(norm, BatchNorm):
+                layer.cnn[i - 1], layer.cnn[i] = fuse_conv_bn_eval(layer.cnn[i - 1], norm), nn.Identity()
         if rounded:
-            stack.to(torch.get_autocast_dtype(kind))
+            layer.to(torch.get_autocast_dtype(kind))
     return model
 
 
@@ -346,9 +357,12 @@ def n_parameters(model: nn.Module) -> int:
 
 
 def autocast(device: torch.device) -> torch.autocast:
-    """bfloat16 where the hardware multiplies it faster than float32: CUDA, and CPUs with AMX or AVX512-BF16."""
-    fast = device.type == "cuda" or (device.type == "cpu" and platform.machine() in ("x86_64", "AMD64")
-                                     and (torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported()))
+    """bfloat16 where the hardware multiplies it faster than float32: NVIDIA's GPUs from 2020 on, and CPUs with AMX or AVX512-BF16."""
+    if device.type == "cuda":
+        fast = torch.cuda.get_device_capability(device) >= (8, 0)
+    else:
+        fast = (device.type == "cpu" and platform.machine() in ("x86_64", "AMD64")
+                and (torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported()))
     return torch.autocast(device.type, dtype=torch.bfloat16, enabled=fast)
 
 

@@ -46,7 +46,7 @@ from notes import write_midi
 
 MAX_NORM = 3.0           # of the gradient; Hawthorne et al. 2018
 WARM_UP = 100            # steps until the learning rate is at its peak
-GPU_WORKERS = 4          # processes that cut segments for a GPU
+GPU_WORKERS = 4          # processes at most that cut segments for a GPU
 VALIDATION_SECONDS = 60  # of each validation recording, so that a whole MAESTRO does not stall training
 REPORTED = ("metric/loss/frame_loss", "metric/loss/onset_loss", "metric/frame/frame_f1", "metric/frame/onset_f1",
             "metric/note/f1", "metric/note-with-offsets/f1")
@@ -80,15 +80,23 @@ def joined(model: nn.Module, device: torch.device) -> nn.Module:
 
 def batches(segments: Segments, batch_size: int, first: int, last: int, workers: int | None, device: torch.device) -> Iterator[dict]:
     """The batches of steps first to last; each rank gets its share of each, and all shares make the batch of one process."""
-    if workers is None:  # a GPU would wait for segments to be cut; beside a training CPU other processes are in its way
-        workers = GPU_WORKERS if device.type == "cuda" else 0
+    if workers is None:  # a GPU would wait for segments; on a CPU other processes are in the way, and spawned ones copy all recordings
+        forks = torch.multiprocessing.get_start_method() == "fork"
+        workers = min(GPU_WORKERS, os.cpu_count() or 1) if device.type == "cuda" and forks else 0
     rank, world = rank_and_world()
     share = batch_size // world
     numbers = [range((step - 1) * batch_size + rank * share, (step - 1) * batch_size + (rank + 1) * share)
                for step in range(first, last + 1)]
-    loader = torch.utils.data.DataLoader(segments, batch_sampler=numbers, num_workers=workers, pin_memory=device.type == "cuda")
+    loader = torch.utils.data.DataLoader(segments, batch_sampler=numbers, num_workers=workers, pin_memory=device.type == "cuda",
+                                         worker_init_fn=leave_signals)
     for batch in loader:
         yield {name: value.to(device, non_blocking=True) if name != "recording" else value for name, value in batch.items()}
+
+
+def leave_signals(_: int) -> None:
+    """A worker leaves Ctrl-C and SIGTERM, which a whole group of processes may get, to the main one, which stops it."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
 
 
 def augmented(batch: dict[str, Tensor], recipe: Recipe) -> dict[str, Tensor]:

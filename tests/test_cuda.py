@@ -45,6 +45,33 @@ print(max(float((a - b).abs().max()) for a, b in zip(cpu, gpu)))
     assert float(difference) < 1e-3
 
 
+def test_the_gradients_of_the_recurrent_layers_survive_autocast():
+    """In float16, which is what autocast makes of an LSTM, nine in ten of them would be zero."""
+    difference = run("-c", """
+import torch
+import model
+torch.manual_seed(0)
+transcriber = model.build_model("onf").to("cuda").eval()  # without dropout
+for lstm in (transcriber.onset_lstm, transcriber.combined_lstm):
+    lstm.train()  # cuDNN gives no gradient of one in eval mode
+batch = {"audio": 0.1 * torch.randn(4, 102400), "onset": (torch.rand(4, 200, 88) < 0.004).float(),
+         "frame": (torch.rand(4, 200, 88) < 0.03).float()}
+batch = {name: value.to("cuda") for name, value in batch.items()}
+gradients = []
+for fast in (True, False):
+    if not fast:
+        model.autocast = lambda device: torch.autocast("cuda", enabled=False)
+    transcriber.zero_grad()
+    with model.autocast(torch.device("cuda")):
+        logits = transcriber(batch["audio"])
+    for logit, head in zip(logits, ("frame", "onset")):
+        torch.nn.functional.binary_cross_entropy_with_logits(logit.float(), batch[head]).backward(retain_graph=True)
+    gradients.append(torch.cat([p.grad.flatten().clone() for name, p in transcriber.named_parameters() if "lstm" in name]))
+print(float((gradients[0] - gradients[1]).norm() / gradients[1].norm()))
+""")
+    assert float(difference) < 0.1
+
+
 def test_augmentation_stays_on_the_gpu():
     assert run("-c", """
 import torch

@@ -14,7 +14,7 @@ from conftest import play, random_notes, write_tones
 
 import dataset
 from constants import HOP_SIZE, MIN_MIDI, SAMPLE_RATE
-from dataset import COLUMNS, Recording, Segments, audio_to_int16, find_audio, load_recording, load_split, read_table
+from dataset import COLUMNS, Recording, Segments, allow_files, audio_to_int16, find_audio, load_recording, load_split, read_table
 from files import write_json
 from notes import ONSET_PLACES, Notes, notes_to_rolls
 
@@ -359,3 +359,16 @@ def test_segments_of_a_mapped_file_are_those_of_memory(tmp_path):
     held = Segments([Recording("held", audio, NO_NOTES)], 7 * HOP_SIZE, 0)
     for start in (0, 1, 20, 33, 39, 40, 41, 60):  # the last ones reach past the end, or begin there
         assert torch.equal(mapped.cut(0, start)["audio"], held.cut(0, start)["audio"])
+
+
+def test_a_process_may_have_a_file_open_for_each_of_many_recordings():
+    resource = pytest.importorskip("resource")
+    before = resource.getrlimit(resource.RLIMIT_NOFILE)
+    try:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (256, before[1]))
+        allow_files(1000)
+        assert resource.getrlimit(resource.RLIMIT_NOFILE) == (1000, before[1])
+        allow_files(500)  # never fewer than there were
+        assert resource.getrlimit(resource.RLIMIT_NOFILE) == (1000, before[1])
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, before)

@@ -22,12 +22,13 @@ KEYS = {"A4": 69, "D#5": 75, "C8": 108}
 
 @pytest.fixture
 def samples(tmp_path: Path) -> Path:
-    """Sines that begin after 30 ms of silence; the loud layer, 16, has a second partial."""
+    """Sines that begin after 30 ms of silence; the loudest layer has a second partial."""
     folder = tmp_path / "samples"
     folder.mkdir()
-    time = np.arange(3 * RATE) / RATE
+    time = np.arange(RATE) / RATE
     for name, key in KEYS.items():
-        for layer, partials in ((1, [0.1]), (16, [0.4, 0.2])):
+        for layer in soundfont.LAYERS:
+            partials = [0.4, 0.2] if layer == 16 else [0.05 * 8 ** (layer / 16)]  # 18 dB between the softest and the loudest
             hertz = 440 * 2 ** ((key - 69) / 12)
             tone = sum(size * np.sin(2 * np.pi * n * hertz * time) for n, size in enumerate(partials, 1))
             soundfile.write(folder / f"{name}v{layer}.ogg", np.pad(tone, (RATE * 3 // 100, 0))[:, None].repeat(2, axis=1), RATE)
@@ -49,14 +50,17 @@ def partials(audio: np.ndarray, start: float, hertz: float) -> tuple[float, floa
 def test_keys_play_the_nearest_sample_of_their_layer_at_their_pitch(samples, tmp_path):
     assert soundfont.main([str(samples), str(tmp_path / "out.sf2")]) == 0
     pitches, velocities = [68, 69, 70, 74, 75, 76], [20, 120]
+    levels = {}
     notes = [(pitch, velocity) for pitch in pitches for velocity in velocities]
     onsets = 0.5 + np.arange(len(notes))
     audio = played(Notes(np.stack([onsets, onsets + 0.45], axis=1), *zip(*notes)), tmp_path / "out.sf2")
     for onset, (pitch, velocity) in zip(onsets, notes):
         tone, octave = partials(audio, onset, 440 * 2 ** ((pitch - 69) / 12))
-        assert tone > 1 and (0.3 < octave / tone < 0.7) == (velocity == 120) and (octave / tone < 0.05) == (velocity == 20)
+        levels[velocity] = tone
+        assert (0.3 < octave / tone < 0.7) == (velocity == 120) and (octave / tone < 0.05) == (velocity == 20)
         first = np.flatnonzero(abs(audio[round(onset * SAMPLE_RATE) :]) > 0.3 * abs(audio[round(onset * SAMPLE_RATE) :][:4000]).max())[0]
         assert 0 <= first / SAMPLE_RATE < 0.01  # the silence before the tone is cut off
+    assert 20 < 20 * np.log10(levels[120] / levels[20]) < 40
     assert abs(audio[round(1.2 * SAMPLE_RATE) : round(1.45 * SAMPLE_RATE)]).max() < 0.1 * abs(audio[round(0.5 * SAMPLE_RATE) :][:4000]).max()
 
 
@@ -69,13 +73,18 @@ def test_the_highest_strings_have_no_dampers(samples, tmp_path):
 
 
 @pytest.mark.parametrize("kind, message", [("empty", "holds no samples like A0v1.ogg"), ("missing", "holds no samples"),
-                                           ("broken", r"A4v1.ogg: is broken")])
+                                           ("broken", "A4v1.ogg: cannot be read"), ("short", "A4v1.ogg: is shorter"),
+                                           ("incomplete", "A4v1.ogg: cannot be read")])
 def test_bad_samples_are_named_and_nothing_is_written(kind, message, samples, tmp_path, capsys):
-    folder = samples if kind == "broken" else tmp_path / kind
-    if kind == "broken":
-        (samples / "A4v1.ogg").write_text("no music")
-    elif kind == "empty":
+    folder = tmp_path / kind if kind in ("empty", "missing") else samples
+    if kind == "empty":
         folder.mkdir()
+    elif kind == "broken":
+        (samples / "A4v1.ogg").write_text("no music")
+    elif kind == "short":
+        soundfile.write(samples / "A4v1.ogg", np.zeros((100, 2)), RATE)
+    elif kind == "incomplete":
+        (samples / "A4v1.ogg").unlink()
     assert soundfont.main([str(folder), str(tmp_path / "out.sf2")]) == 1
     error = capsys.readouterr().err
     assert message in error and error.count("\n") == 1 and not (tmp_path / "out.sf2").exists()

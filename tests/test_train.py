@@ -311,16 +311,18 @@ def test_a_stopped_run_goes_on_as_if_never_stopped(number, status, finished, dat
     assert (tmp_path / "results.txt").exists()
 
 
-def test_sigterm_to_a_process_saves(data_folder, tmp_path):
+@pytest.mark.parametrize("workers", [0, 2])
+def test_sigterm_to_a_process_saves(workers, data_folder, tmp_path):
+    """And so it does where, as under torchrun or with Ctrl-C in a terminal, its workers get the signal too."""
     run = tmp_path / "run"
-    command = [sys.executable, "train.py", *tiny(data_folder, run, "--model", "rnn", "-i", "1000000", "-vi", "1000000")]
+    command = [sys.executable, "train.py", *tiny(data_folder, run, "--model", "rnn", "-i", "1000000", "-vi", "1000000"), f"--num_workers={workers}"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    with subprocess.Popen(command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+    with subprocess.Popen(command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True) as process:
         seen = b""
         while b"loss " not in seen:  # the bar of a finished step
             assert (piece := process.stderr.read1(4096)), seen.decode()
             seen += piece
-        process.terminate()
+        os.killpg(process.pid, signal.SIGTERM)
         out, errors = process.communicate(timeout=60)
     assert process.returncode == 143 and b"Traceback" not in seen + errors
     path = Path(re.search(r"go on with: python train.py --resume (.*)", out.decode()).group(1))

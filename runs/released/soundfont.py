@@ -2,13 +2,14 @@
 
 A Yamaha C5 under two microphones, sampled by Alexander Holm (CC BY 3.0). The samples, `A0v1.ogg` and so on, come with npm packages:
 
-    for v in 1 3 5 7 9 11 13 16; do npm pack @audio-samples/piano-velocity$v; done
+    for v in 1 3 5 7 9 11 13 16; do npm pack @audio-samples/piano-velocity$v@1.0.5; done
     for archive in *.tgz; do tar xf $archive; done      # into package/audio
 
 The format is that of the SoundFont 2.01 specification (E-mu Systems, 1998); its names stand beside the numbers.
 """
 
 import argparse
+import itertools
 import math
 import re
 import struct
@@ -28,7 +29,7 @@ SECONDS = 15          # of a sample at most
 LEAD = 0.004          # seconds of a sample before its sound has risen to a tenth of its peak
 RELEASE = 0.5         # seconds until a damped string has fallen by 100 dB
 UNDAMPED = (90, 8.0)  # the key from which a grand piano has no dampers, and those seconds there
-SOFTER = 500          # cB from velocity 127 to 1, where the specification has 960: the samples' own layers differ by 18 dB
+SOFTER = 500          # cB, amount of the attenuation by velocity, where the specification has 960: the layers differ by 18 dB themselves
 SILENCE = 46          # samples between two, as the specification wants
 
 
@@ -39,11 +40,13 @@ def chunk(name: bytes, *contents: bytes) -> bytes:
 
 
 def read_sample(path: Path) -> tuple[np.ndarray, int]:
-    """(S,) int16, mono, and its sample rate; raises ValueError where the file is broken."""
+    """(S,) int16, mono, and its sample rate; raises ValueError where the file is broken or shorter than a tenth of a second."""
     try:
         stereo, rate = soundfile.read(path, always_2d=True)
     except soundfile.LibsndfileError as error:
-        raise ValueError(f"{path}: is broken ({error.error_string.strip()})") from error
+        raise ValueError(f"{path}: cannot be read ({error.error_string.strip()})") from error
+    if len(stereo) < rate // 10:
+        raise ValueError(f"{path}: is shorter than a tenth of a second")
     audio = stereo.mean(axis=1)
     window = rate // 100
     level = np.convolve(audio**2, np.ones(window))[: len(audio)]                          # over the last 10 ms
@@ -56,29 +59,28 @@ def read_sample(path: Path) -> tuple[np.ndarray, int]:
 
 
 def soundfont_of(folder: Path) -> bytes:
-    """A SoundFont with one piano, of the samples of LAYERS in a folder; raises ValueError where there are none."""
+    """A SoundFont with one piano, of the samples of LAYERS in a folder; raises ValueError where some are missing."""
     sounds, headers, generators, bags = [], [], [], []
     position = n_generators = 0
-    for path in sorted(folder.glob("*.ogg")):
-        match = re.fullmatch(r"([A-G]#?)(\d)v(\d+)", path.stem)
-        if not match or int(match[3]) not in LAYERS:
-            continue
-        key = 12 * (int(match[2]) + 1) + SEMITONES[match[1]]
+    matches = (re.fullmatch(rf"({'|'.join(SEMITONES)})(\d)v(\d+)", path.stem) for path in folder.glob("*.ogg"))
+    notes = sorted({(match[1], int(match[2])) for match in matches if match})
+    if not notes:
+        raise ValueError(f"{folder}: holds no samples like A0v1.ogg")
+    for (name, octave), layer in itertools.product(notes, LAYERS):
+        key, path = 12 * (octave + 1) + SEMITONES[name], folder / f"{name}{octave}v{layer}.ogg"
         audio, rate = read_sample(path)
         release = UNDAMPED[1] if key >= UNDAMPED[0] else RELEASE
         zone = [struct.pack("<HBB", 43, key - 1, key + 1),                                # keyRange: a sample every third key
-                struct.pack("<HBB", 44, *LAYERS[int(match[3])]),                          # velRange
+                struct.pack("<HBB", 44, *LAYERS[layer]),                                  # velRange
                 struct.pack("<Hh", 38, round(1200 * math.log2(release))),                 # releaseVolEnv
                 struct.pack("<HH", 53, len(headers))]                                     # sampleID, last
         bags.append(struct.pack("<HH", n_generators, len(bags)))                          # with one modulator each
         n_generators += len(zone)
         generators += zone
         end = position + len(audio)
-        headers.append(struct.pack("<20sIIIIIBbHH", path.stem.encode(), position, end, end, end, rate, key, 0, 0, 1))
+        headers.append(struct.pack("<20sIIIIIBbHH", path.stem.encode(), position, end, position + 8, end - 8, rate, key, 0, 0, 1))
         sounds.append(np.pad(audio, (0, SILENCE)).tobytes())
         position = end + SILENCE
-    if not headers:
-        raise ValueError(f"{folder}: holds no samples like A0v1.ogg")
     louder = struct.pack("<HHhHH", 0x0502, 48, SOFTER, 0, 0)                              # note-on velocity to initialAttenuation
     presets = [struct.pack("<20sHHHIII", name, 0, 0, bag, 0, 0, 0) for name, bag in ((b"Salamander", 0), (b"EOP", 1))]
     instruments = [struct.pack("<20sH", name, bag) for name, bag in ((b"Salamander", 0), (b"EOI", len(bags)))]
@@ -87,7 +89,8 @@ def soundfont_of(folder: Path) -> bytes:
             chunk(b"inst", *instruments), chunk(b"ibag", *bags, struct.pack("<HH", n_generators, len(bags))),
             chunk(b"imod", louder * len(bags), bytes(10)), chunk(b"igen", *generators, bytes(4)),
             chunk(b"shdr", *headers, struct.pack("<20s26x", b"EOS"))]
-    info = [chunk(b"ifil", struct.pack("<HH", 2, 1)), chunk(b"isng", b"EMU8000\0"), chunk(b"INAM", b"Salamander\0\0")]
+    info = [chunk(b"ifil", struct.pack("<HH", 2, 1)), chunk(b"isng", b"EMU8000\0"), chunk(b"INAM", b"Salamander\0\0"),
+            chunk(b"ICOP", b"Salamander Grand Piano V3 by Alexander Holm, CC BY 3.0\0\0")]
     return chunk(b"RIFF", b"sfbk", chunk(b"LIST", b"INFO", *info), chunk(b"LIST", b"sdta", chunk(b"smpl", *sounds)),
                  chunk(b"LIST", b"pdta", *pdta))
 
