@@ -150,7 +150,10 @@ def test_parameters_of_the_course_onf():
 @pytest.mark.parametrize("name, passed", [("baseline", 0), ("rnn", 2 * 229), ("crnn", 2 * 256), ("onf", 256)])
 def test_default_recipe_adds_only_what_it_lists(name, passed):
     """A linear path past every head's recurrent layers, but for the frame head of `onf`, where what comes before them is the path."""
-    assert n_parameters(build_model(name)) - n_parameters(build_model(name, recipe=COURSE)) == 88 * passed * DEFAULT.residual
+    same_width = dataclasses.replace(DEFAULT, combined_unit=COURSE.combined_unit)
+    assert n_parameters(build_model(name, recipe=same_width)) - n_parameters(build_model(name, recipe=COURSE)) == 88 * passed * DEFAULT.residual
+    wider = lstm_count(176, 256) + linear_count(512) - lstm_count(176) - linear_count(176)
+    assert n_parameters(build_model(name)) - n_parameters(build_model(name, recipe=same_width)) == wider * (name == "onf")
 
 
 @pytest.mark.parametrize("name", MODELS)
