@@ -16,7 +16,7 @@ import model
 import train
 from dataset import Recording, Segments, audio_to_int16
 from evaluate import extract_notes
-from model import RECIPES, Sizes, build_model
+from model import Sizes, build_model, parse_recipe
 
 
 class SameProcess:
@@ -58,7 +58,7 @@ def rolls() -> tuple[np.ndarray, np.ndarray]:
 
 def test_the_reference_is_the_course_s_model():
     torch.manual_seed(0)
-    ours = build_model("onf", Sizes(4, 8, 8), RECIPES["course"])
+    ours = build_model("onf", Sizes(4, 8, 8), parse_recipe("course,combined_unit=8"))
     plain = reference.OnsetsAndFrames(4, 8, 8)
     plain.load_state_dict(ours.state_dict())
     audio = 0.1 * torch.randn(2, 16384)
