@@ -33,6 +33,7 @@ FRAME_RATE = 0.03
 CONTEXT = 3         # frames that three 3 x 3 convolutions see to either side
 SIDE = (N_FFT - HOP_SIZE) // 2  # samples that a Fourier window reaches past its frame on either side
 RELEASED = Path(__file__).parent / "runs" / "released" / "onf.pt"  # the checkpoint that comes with the code
+LONG_FRAMES = 4096  # from which on recurrent layers infer piece by piece, 2 minutes
 CHUNK_FRAMES = 512  # frames convolved at a time in a long recording, 16 s: big enough to be fast, flat in memory
 
 
@@ -155,7 +156,26 @@ def bi_lstm(inputs: int, units: int) -> nn.LSTM:
 def in_context(features: Tensor, lstm: nn.LSTM) -> Tensor:
     """(B, T, C) -> (B, T, 2H). On CUDA in float32, for autocast would make float16 of it there, too coarse for the gradients."""
     with torch.autocast("cuda", enabled=False):
-        return lstm(features.float() if features.is_cuda else features)[0]
+        features = features.float() if features.is_cuda else features
+        return lstm(features)[0] if lstm.training or features.shape[1] <= LONG_FRAMES else in_long_context(features, lstm)
+
+
+def in_long_context(features: Tensor, lstm: nn.LSTM) -> Tensor:
+    """The same piece by piece, each beginning with the state in which the one before it ended: in one, an hour takes a GB more."""
+    for layer in range(lstm.num_layers):
+        heard = None
+        for backwards, suffix in enumerate(("", "_reverse")):
+            weights = [getattr(lstm, f"{kind}_l{layer}{suffix}") for kind in ("weight_ih", "weight_hh", "bias_ih", "bias_hh")]
+            state = (features.new_zeros(1, len(features), lstm.hidden_size),) * 2
+            starts = range(0, features.shape[1], LONG_FRAMES)
+            for start in reversed(starts) if backwards else starts:
+                piece = features[:, start : start + LONG_FRAMES]
+                piece, *state = torch.lstm(piece.flip(1) if backwards else piece, state, weights, True, 1, 0.0, False, False, True)
+                if heard is None:
+                    heard = piece.new_empty(*features.shape[:2], 2 * lstm.hidden_size)
+                heard[:, start : start + LONG_FRAMES].chunk(2, dim=2)[backwards].copy_(piece.flip(1) if backwards else piece)
+        features = heard
+    return features
 
 
 def recurrent_head(features: Tensor, lstm: nn.LSTM, output: nn.Linear, path: nn.Linear | None) -> Tensor:

@@ -378,6 +378,20 @@ def test_default_chunks_meet_without_a_seam(float32):
         assert (a - b).abs().max() < 1e-3
 
 
+@pytest.mark.parametrize("n_frames", [9, 16, 17])
+def test_recurrent_layers_infer_piece_by_piece(n_frames, float32, monkeypatch):
+    model, audio = lively("onf"), noise(n_frames * HOP_SIZE)
+    whole = model.infer(audio)
+    monkeypatch.setattr(model_module, "LONG_FRAMES", 8)
+    pieces = model.infer(audio)
+    for a, b in zip(whole, pieces):
+        assert a.std() > 0 and (a - b).abs().max() < 1e-5
+    called = []
+    monkeypatch.setattr(model_module, "in_long_context", lambda features, lstm: called.append(lstm) or lstm(features)[0])
+    model.infer(audio)
+    assert called == [called[0], called[1]] and called[0].hidden_size == model.sizes.lstm_unit != called[1].hidden_size
+
+
 def test_audio_shorter_than_a_frame_gives_one(float32):
     for n_samples in (0, 1, HOP_SIZE - 1):
         frame, onset = lively("crnn").infer(torch.zeros(n_samples))
