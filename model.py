@@ -419,7 +419,7 @@ def share_checkpoint(path: str | Path, state: dict[str, Any]) -> None:
     needs, or that tells where its data lay; raises OSError."""
     weights = {name: value.half() if value.is_floating_point() else value for name, value in state["weights"].items()}
     kept = {name: value for name, value in state.items() if name not in ("optimizer", "scheduler")}
-    for part, where in (("data", ("folder", "folders", "onset_folders")), ("arguments", ("data", "onset_data"))):
+    for part, where in (("data", ("folder", "folders", "onset_folders")), ("arguments", ("data", "onset_data", "weights"))):
         kept[part] = {name: value for name, value in state.get(part, {}).items() if name not in where}
     write_state(path, {**kept, "weights": weights})
 

@@ -582,7 +582,7 @@ def test_an_unknown_device_is_named():
 
 def test_a_shared_checkpoint_is_half_as_large_and_only_weights(tmp_path):
     model = build_model("onf", SMALL)
-    where = {"data": ["/home/me/maps"], "onset_data": ["/home/me/asap"]}
+    where = {"data": ["/home/me/maps"], "onset_data": ["/home/me/asap"], "weights": "/home/me/first.pt"}
     save_checkpoint(tmp_path / "whole.pt", model, optimizer={"much": torch.zeros(1000)}, step=5, arguments={**where, "seed": 3},
                     data={"folders": where["data"], "onset_folders": where["onset_data"], "minutes": {"train": 9.0}})
     share_checkpoint(tmp_path / "shared.pt", read_checkpoint(tmp_path / "whole.pt"))
