@@ -1,4 +1,5 @@
-"""The convolution stack in 8-bit integers: for inference on CPUs, in half of bfloat16's time and at the same scores.
+"""The convolution stack in 8-bit integers: for inference on CPUs. The convolutions take little more than half of
+bfloat16's time, and the scores stay.
 
 Weights are whole multiples of a step, one for each output channel, and so are features, one for each of theirs; products and
 sums are those of whole numbers (Jacob et al., CVPR 2018). How large features get is not measured on music but known from batch norm,

@@ -161,7 +161,7 @@ def in_context(features: Tensor, lstm: nn.LSTM) -> Tensor:
 
 
 def in_long_context(features: Tensor, lstm: nn.LSTM) -> Tensor:
-    """The same piece by piece, each beginning with the state in which the one before it ended: in one, an hour takes a GB more."""
+    """The same piece by piece, each beginning with the state in which the one before it ended: in one, 20 minutes take 0.3 GB more."""
     for layer in range(lstm.num_layers):
         heard = None
         for backwards, suffix in enumerate(("", "_reverse")):
@@ -377,7 +377,7 @@ def n_parameters(model: nn.Module) -> int:
 
 
 def autocast(device: torch.device) -> torch.autocast:
-    """bfloat16 where the hardware multiplies it faster than float32: NVIDIA's GPUs from 2020 on, and CPUs with AMX or AVX512-BF16."""
+    """bfloat16 where the hardware multiplies it: NVIDIA's GPUs of compute capability 8.0 and more, and CPUs with AMX or AVX512-BF16."""
     if device.type == "cuda":
         fast = torch.cuda.get_device_capability(device) >= (8, 0)
     else:
