@@ -57,7 +57,7 @@ class Recipe:
     onset_target: str = "two"        # frames that an onset lasts, "one" or "two": see `notes_to_rolls`
     gain_db: float = 12.0            # segments are made softer by up to this many dB; this and the next: see `augment.py`
     equalise_db: float = 6.0         # octave bands are made softer or louder by up to this many dB
-    room: float = 0.5                # probability of reverberation in a segment
+    room: float = 0.8                # probability of reverberation in a segment
     noise: float = 0.5               # probability of noise in a segment
     detune: float = 0.2              # segments are heard sharper or flatter by up to this many semitones
     transpose: int = 3               # and moved by up to this many whole ones, with their labels
