@@ -73,9 +73,11 @@ def main(argv: list[str] | None = None) -> int:
     args = parse_args(argv)
     try:
         rows = [row for row in read_table(args.data) if args.split in (None, row["split"])]
+        if not rows:
+            raise ValueError(f"{args.data}: no recordings in the {args.split} split")
         for number, row in enumerate(rows):
-            row["audio_filename"] = str(Path(row["audio_filename"]).with_suffix(".flac"))
             audio = in_room(load_audio(find_audio(args.data, row["audio_filename"])), np.random.default_rng(number))
+            row["audio_filename"] = str(Path(row["audio_filename"]).with_suffix(".flac"))
             save_audio(args.out / row["audio_filename"], [audio])
             with written_whole(args.out / row["midi_filename"]) as temporary:
                 shutil.copyfile(args.data / row["midi_filename"], temporary)

@@ -1,0 +1,96 @@
+"""The rooms in which part of the released checkpoint's validation set is played, around recordings of our own."""
+
+import importlib.util
+import json
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from conftest import ROOT
+
+from audio import load_audio, save_audio
+from constants import SAMPLE_RATE
+from dataset import COLUMNS
+from notes import Notes, write_midi
+
+specification = importlib.util.spec_from_file_location("rooms", ROOT / "runs" / "released" / "rooms.py")
+rooms = importlib.util.module_from_spec(specification)
+specification.loader.exec_module(rooms)
+
+CLICK = SAMPLE_RATE // 2
+
+
+@pytest.fixture
+def data(tmp_path: Path) -> Path:
+    """Two validation recordings and one of test, a click each."""
+    rows = []
+    for name, split in (("a", "validation"), ("b", "validation"), ("c", "test")):
+        audio = np.zeros(SAMPLE_RATE + 77, np.float32)
+        audio[CLICK] = 0.5
+        save_audio(tmp_path / "data" / "piano" / f"{name}.wav", [audio])
+        write_midi(tmp_path / "data" / "piano" / f"{name}.midi", Notes([[0.5, 0.9]], [60], [80]))
+        rows.append({**dict.fromkeys(COLUMNS, ""), "split": split, "duration": 1.0,
+                     "audio_filename": f"piano/{name}.wav", "midi_filename": f"piano/{name}.midi"})
+    (tmp_path / "data" / "data.json").write_text(json.dumps(rows))
+    return tmp_path / "data"
+
+
+@pytest.fixture
+def echo(monkeypatch):
+    """Instead of a room one echo after 0.1 s."""
+    response = np.zeros(SAMPLE_RATE // 10 + 1)
+    response[[0, -1]] = 1, 0.5
+    monkeypatch.setattr(rooms, "impulse_response", lambda random: response)
+
+
+def test_sound_keeps_its_time_and_its_length_and_noise_is_where_it_should_be(echo):
+    audio = np.zeros(2 * SAMPLE_RATE)
+    audio[:: SAMPLE_RATE // 4] = 1
+    heard = [rooms.in_room(audio, np.random.default_rng(seed)) for seed in range(20)]
+    clean = np.zeros_like(audio)
+    clean[:: SAMPLE_RATE // 4] = rooms.PEAK
+    clean[SAMPLE_RATE // 10 :: SAMPLE_RATE // 4] = rooms.PEAK / 2
+    ratios = [10 * np.log10(np.sum(clean**2) / np.sum((each - clean) ** 2)) for each in heard]
+    assert all(len(each) == len(audio) for each in heard)
+    assert rooms.SNR_DB[0] - 1e-6 < min(ratios) < 30 < 35 < max(ratios) < rooms.SNR_DB[1] + 1e-6
+
+
+def test_silence_stays_silent(echo):
+    assert not rooms.in_room(np.zeros(1000), np.random.default_rng(0)).any()
+
+
+def test_a_folder_is_played_split_by_split(echo, data, tmp_path, capsys):
+    assert rooms.main([str(data), str(tmp_path / "out"), "--split", "validation"]) == 0
+    assert "2 recordings" in capsys.readouterr().out
+    rows = json.loads((tmp_path / "out" / "data.json").read_text())
+    assert [row["audio_filename"] for row in rows] == ["piano/a.flac", "piano/b.flac"]
+    for row in rows:
+        audio = load_audio(tmp_path / "out" / row["audio_filename"])
+        assert len(audio) == SAMPLE_RATE + 77 and np.argmax(abs(audio)) == CLICK
+        assert (tmp_path / "out" / row["midi_filename"]).read_bytes() == (data / row["midi_filename"]).read_bytes()
+    first, second = (load_audio(tmp_path / "out" / row["audio_filename"]) for row in rows)
+    assert (first != second).any()  # each has its own noise
+
+
+@pytest.mark.parametrize("kind, message", [("folder", "is no folder"), ("split", "no recordings in the train split"),
+                                           ("audio", "a.wav"), ("library", "pyroomacoustics")])
+def test_what_is_missing_is_named_in_one_line(kind, message, data, tmp_path, capsys, monkeypatch):
+    if kind == "audio":
+        (data / "piano" / "a.wav").unlink()
+    monkeypatch.setitem(sys.modules, "pyroomacoustics", None)
+    arguments = {"folder": [str(tmp_path / "none")], "split": [str(data), "--split", "train"]}.get(kind, [str(data)])
+    assert rooms.main([arguments[0], str(tmp_path / "out"), *arguments[1:]]) == 1
+    error = capsys.readouterr().err
+    assert message in error and error.count("\n") == 1 and not (tmp_path / "out").exists()
+
+
+def test_a_room_begins_with_the_direct_sound_and_fades():
+    pytest.importorskip("pyroomacoustics")
+    for seed in range(4):
+        response = rooms.impulse_response(np.random.default_rng(seed))
+        assert np.array_equal(response, rooms.impulse_response(np.random.default_rng(seed)))
+        first = np.flatnonzero(abs(response) > 0.3 * abs(response).max())[0]
+        assert first <= SAMPLE_RATE // 200  # 5 ms
+        early, late = (np.mean(response[begin : begin + SAMPLE_RATE // 10] ** 2) for begin in (0, SAMPLE_RATE // 4))
+        assert late < 0.2 * early
