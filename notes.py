@@ -7,8 +7,10 @@ the centre errs by at most 16 ms and by 0 ms on average. The spectrogram centres
 
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import repeat
 from pathlib import Path
 
+import mido
 import numpy as np
 import pretty_midi
 
@@ -189,6 +191,20 @@ def notes_to_midi(notes: Notes) -> pretty_midi.PrettyMIDI:
 
 
 def write_midi(path: str | Path, notes: Notes) -> None:
-    """Write notes as a MIDI file; raises OSError."""
+    """Write notes as a MIDI file, the piano track of `notes_to_midi`; raises OSError.
+
+    By mido itself: pretty_midi, which comes to the same in the end, takes three times as long, a sixth of a whole transcription.
+    """
+    notes = hold_with_pedal(notes, [], 0.0)
+    ticks = np.round(notes.intervals * (2 * TICKS_PER_BEAT)).astype(np.int64)  # 120 BPM
+    ticks[:, 1] = np.maximum(ticks[:, 1], ticks[:, 0] + 1)
+    events = sorted([*zip(ticks[:, 1].tolist(), repeat(0), notes.pitches.tolist()),  # of one moment, keys go up before others go down
+                     *zip(ticks[:, 0].tolist(), notes.velocities.tolist(), notes.pitches.tolist())])
+    piano = mido.MidiTrack([mido.MetaMessage("track_name", name="piano"), mido.Message("program_change", program=0)])
+    now = 0
+    for tick, velocity, pitch in events:
+        piano.append(mido.Message("note_on", note=pitch, velocity=velocity, time=tick - now))  # velocity 0: the key goes up
+        now = tick
+    tempo = mido.MidiTrack([mido.MetaMessage("set_tempo", tempo=mido.bpm2tempo(120)), mido.MetaMessage("time_signature")])
     with written_whole(path) as temporary:
-        notes_to_midi(notes).write(str(temporary))
+        mido.MidiFile(ticks_per_beat=TICKS_PER_BEAT, tracks=[tempo, piano]).save(temporary)
