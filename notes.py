@@ -197,7 +197,7 @@ def write_midi(path: str | Path, notes: Notes) -> None:
     """
     notes = hold_with_pedal(notes, [], 0.0)
     ticks = np.round(notes.intervals * (2 * TICKS_PER_BEAT)).astype(np.int64)  # 120 BPM
-    ticks[:, 1] = np.maximum(ticks[:, 1], ticks[:, 0] + 1)
+    ticks[:, 1] = np.maximum(ticks[:, 1], ticks[:, 0] + 1)  # else a note within a tick would end before it begins
     events = sorted([*zip(ticks[:, 1].tolist(), repeat(0), notes.pitches.tolist()),  # of one moment, keys go up before others go down
                      *zip(ticks[:, 0].tolist(), notes.velocities.tolist(), notes.pitches.tolist())])
     piano = mido.MidiTrack([mido.MetaMessage("track_name", name="piano"), mido.Message("program_change", program=0)])

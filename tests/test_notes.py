@@ -324,3 +324,9 @@ def test_midi_that_cannot_be_written_is_named(tmp_path):
     with pytest.raises(OSError, match=r"song\.midi: cannot be written"):
         write_midi(tmp_path / "song.midi", random_notes(0, 1.0, 2))
     assert [path.name for path in tmp_path.iterdir()] == ["song.midi"]
+
+
+def test_a_note_shorter_than_a_tick_is_written_and_ends(tmp_path):
+    write_midi(tmp_path / "short.midi", Notes([[0.5, 0.5001], [1.0, 1.5], [1.5, 2.0]], [60, 60, 60], [80, 70, 60]))
+    notes = read_midi(tmp_path / "short.midi")
+    assert np.allclose(notes.intervals, [[0.5, 0.5], [1.0, 1.5], [1.5, 2.0]], atol=1e-3) and (notes.velocities == [80, 70, 60]).all()

@@ -6,6 +6,7 @@ they are unlike the ones that `augment.py` draws in training. Nothing moves in t
 """
 
 import argparse
+import os
 import shutil
 import sys
 from pathlib import Path
@@ -18,7 +19,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from audio import load_audio, save_audio  # noqa: E402  # after the path
 from constants import SAMPLE_RATE  # noqa: E402
 from dataset import SPLITS, find_audio, read_table  # noqa: E402
-from files import write_json, written_whole  # noqa: E402
+from files import written_whole  # noqa: E402
+from prepare import run_jobs, seconds_of  # noqa: E402
 
 SIDES = ((5, 14), (4, 10), (2.6, 6))  # metres: length, width, height
 RT60 = (0.35, 1.3)        # seconds until the reverberation has fallen by 60 dB
@@ -61,6 +63,14 @@ def in_room(audio: np.ndarray, random: np.random.Generator) -> np.ndarray:
     return heard + noise * np.sqrt(np.mean(heard**2) / np.mean(noise**2)) * 10 ** (-random.uniform(*SNR_DB) / 20)
 
 
+def play_in_room(audio: Path, midi: Path, source_audio: Path, source_midi: Path, number: int) -> float:
+    """Make a recording in room `number`, as `run_jobs` wants it made; returns its seconds."""
+    save_audio(audio, [in_room(load_audio(source_audio), np.random.default_rng(number))])
+    with written_whole(midi) as temporary:
+        shutil.copyfile(source_midi, temporary)
+    return seconds_of(audio)
+
+
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("data", type=Path, help="data folder")
@@ -72,21 +82,18 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 def main(argv: list[str] | None = None) -> int:
     args = parse_args(argv)
     try:
-        rows = [row for row in read_table(args.data) if args.split in (None, row["split"])]
-        if not rows:
+        import pyroomacoustics  # noqa: F401  # before any recording is begun
+        jobs = []
+        for number, row in enumerate(row for row in read_table(args.data) if args.split in (None, row["split"])):
+            files = {"audio_filename": str(Path(row["audio_filename"]).with_suffix(".flac"))}
+            sources = find_audio(args.data, row["audio_filename"]), args.data / row["midi_filename"]
+            jobs.append((play_in_room, (*sources, number), {**row, **files}))
+        if not jobs:
             raise ValueError(f"{args.data}: no recordings in the {args.split} split")
-        for number, row in enumerate(rows):
-            audio = in_room(load_audio(find_audio(args.data, row["audio_filename"])), np.random.default_rng(number))
-            row["audio_filename"] = str(Path(row["audio_filename"]).with_suffix(".flac"))
-            save_audio(args.out / row["audio_filename"], [audio])
-            with written_whole(args.out / row["midi_filename"]) as temporary:
-                shutil.copyfile(args.data / row["midi_filename"], temporary)
-        write_json(args.out / "data.json", rows)
+        return run_jobs(args.out, jobs, os.cpu_count() or 1)
     except (ImportError, OSError, ValueError) as error:
         print(f"rooms.py: {error}", file=sys.stderr)
         return 1
-    print(f"{args.out}: {len(rows)} recordings")
-    return 0
 
 
 if __name__ == "__main__":
