@@ -10,6 +10,7 @@ import dataclasses
 import io
 import math
 import platform
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -33,7 +34,7 @@ FRAME_RATE = 0.03
 CONTEXT = 3         # frames that three 3 x 3 convolutions see to either side
 SIDE = (N_FFT - HOP_SIZE) // 2  # samples that a Fourier window reaches past its frame on either side
 RELEASED = Path(__file__).parent / "runs" / "released" / "onf.pt"  # the checkpoint that comes with the code
-LONG_FRAMES = 4096  # from which on recurrent layers infer piece by piece, 2 minutes
+LONG_FRAMES = 1024  # from which on recurrent layers infer piece by piece, half a minute
 CHUNK_FRAMES = 512  # frames convolved at a time in a long recording, 16 s: big enough to be fast, flat in memory
 
 
@@ -157,25 +158,36 @@ def in_context(features: Tensor, lstm: nn.LSTM) -> Tensor:
     """(B, T, C) -> (B, T, 2H). On CUDA in float32, for autocast would make float16 of it there, too coarse for the gradients."""
     with torch.autocast("cuda", enabled=False):
         features = features.float() if features.is_cuda else features
-        return lstm(features)[0] if lstm.training or features.shape[1] <= LONG_FRAMES else in_long_context(features, lstm)
+        return in_long_context(features, lstm) if torch.is_inference_mode_enabled() and features.shape[1] > LONG_FRAMES else lstm(features)[0]
 
 
 def in_long_context(features: Tensor, lstm: nn.LSTM) -> Tensor:
-    """The same piece by piece, each beginning with the state in which the one before it ended: in one, 20 minutes take 0.3 GB more."""
-    for layer in range(lstm.num_layers):
-        heard = None
-        for backwards, suffix in enumerate(("", "_reverse")):
-            weights = [getattr(lstm, f"{kind}_l{layer}{suffix}") for kind in ("weight_ih", "weight_hh", "bias_ih", "bias_hh")]
-            state = (features.new_zeros(1, len(features), lstm.hidden_size),) * 2
-            starts = range(0, features.shape[1], LONG_FRAMES)
-            for start in reversed(starts) if backwards else starts:
-                piece = features[:, start : start + LONG_FRAMES]
-                piece, *state = torch.lstm(piece.flip(1) if backwards else piece, state, weights, True, 1, 0.0, False, False, True)
-                if heard is None:
-                    heard = piece.new_empty(*features.shape[:2], 2 * lstm.hidden_size)
-                heard[:, start : start + LONG_FRAMES].chunk(2, dim=2)[backwards].copy_(piece.flip(1) if backwards else piece)
-        features = heard
+    """The same for inference alone, each direction in a thread of its own, for two do nothing for one of them."""
+    threads, kind = torch.get_num_threads(), features.device.type
+    dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else features.dtype
+    with ThreadPoolExecutor(min(2, threads), initializer=torch.set_num_threads, initargs=(1,)) as pool:
+        for layer in range(lstm.num_layers):
+            heard = features.new_empty(*features.shape[:2], 2 * lstm.hidden_size, dtype=dtype)
+            halves = [pool.submit(in_one_direction, features, lstm, layer, suffix, half) for suffix, half in zip(("", "_reverse"), heard.chunk(2, dim=2))]
+            for half in halves:
+                half.result()
+            features = heard
+    torch.set_num_threads(threads)  # the pool's threads have set MKL's for all
     return features
+
+
+@torch.inference_mode()
+def in_one_direction(features: Tensor, lstm: nn.LSTM, layer: int, suffix: str, heard: Tensor) -> None:
+    """One direction of one layer, (B, T, C) -> (B, T, H) written into `heard`; piece by piece, each beginning with the state in
+    which the one before it ended: in one, 20 minutes take 0.3 GB more."""
+    weights = [getattr(lstm, f"{kind}_l{layer}{suffix}") for kind in ("weight_ih", "weight_hh", "bias_ih", "bias_hh")]
+    state = (features.new_zeros(1, len(features), lstm.hidden_size),) * 2
+    starts = range(0, features.shape[1], LONG_FRAMES)
+    with torch.autocast(features.device.type, dtype=heard.dtype, enabled=heard.dtype != torch.float32):  # a thread begins without
+        for start in reversed(starts) if suffix else starts:
+            piece = features[:, start : start + LONG_FRAMES]
+            piece, *state = torch.lstm(piece.flip(1) if suffix else piece, state, weights, True, 1, 0.0, False, False, True)
+            heard[:, start : start + LONG_FRAMES] = piece.flip(1) if suffix else piece
 
 
 def recurrent_head(features: Tensor, lstm: nn.LSTM, output: nn.Linear, path: nn.Linear | None) -> Tensor:

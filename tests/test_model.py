@@ -392,6 +392,25 @@ def test_recurrent_layers_infer_piece_by_piece(n_frames, float32, monkeypatch):
     assert called == [called[0], called[1]] and called[0].hidden_size == model.sizes.lstm_unit != called[1].hidden_size
 
 
+def test_inference_leaves_the_number_of_threads(float32, monkeypatch):
+    threads = torch.get_num_threads()
+    monkeypatch.setattr(model_module, "LONG_FRAMES", 8)
+    try:
+        for number in (1, 2):
+            torch.set_num_threads(number)
+            lively("onf").infer(noise(17 * HOP_SIZE))
+            assert torch.get_num_threads() == number
+    finally:
+        torch.set_num_threads(threads)
+
+
+def test_long_audio_outside_inference_has_gradients(float32, monkeypatch):
+    monkeypatch.setattr(model_module, "LONG_FRAMES", 8)
+    model = lively("onf")
+    sum(logit.sum() for logit in model(noise(17 * HOP_SIZE)[None])).backward()
+    assert model.combined_lstm.weight_hh_l0_reverse.grad.abs().max() > 0
+
+
 def test_audio_shorter_than_a_frame_gives_one(float32):
     for n_samples in (0, 1, HOP_SIZE - 1):
         frame, onset = lively("crnn").infer(torch.zeros(n_samples))
