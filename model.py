@@ -22,7 +22,7 @@ from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 import constants
 from augment import shifted_filters
-from constants import F_MAX, F_MIN, HOP_SIZE, N_FFT, N_KEYS, N_MELS, SAMPLE_RATE
+from constants import F_MAX, F_MIN, HOP_SIZE, MIN_MIDI, N_FFT, N_KEYS, N_MELS, SAMPLE_RATE
 from files import written_whole
 from int8 import Int8ConvStack
 from layers import BatchNorm, Dropout, PoolRectifyDrop
@@ -31,6 +31,8 @@ from notes import ONSET_PLACES
 # Base rates per frame and key (of onsets, as many as there are strikes), from MAESTRO v2: 7.13 M notes in 201.2 h; keys sound in about 3 % of all places.
 ONSET_RATE = 0.0036
 FRAME_RATE = 0.03
+HARMONICS = (0.5, 1.0, 2.0, 3.0, 4.0, 5.0, 6.0, 7.0, 8.0, 10.0, 12.0, 15.0)  # of a key that the model of that name looks at; half of it tells octaves apart
+PLACES = (-1 / 3, 0.0, 1 / 3)  # semitones beside each of them
 CONTEXT = 3         # frames that three 3 x 3 convolutions see to either side
 SIDE = (N_FFT - HOP_SIZE) // 2  # samples that a Fourier window reaches past its frame on either side
 RELEASED = Path(__file__).parent / "runs" / "released" / "onf.pt"  # the checkpoint that comes with the code
@@ -352,7 +354,77 @@ class OnsetsAndFrames(Transcriber):
         return logit + frame if self.recipe.residual else logit, onset
 
 
-MODELS = {"baseline": Baseline, "rnn": RNN, "crnn": CRNN, "onf": OnsetsAndFrames}
+def harmonic_filters() -> Tensor:
+    """(M, K, C) weights that read a mel spectrogram at the harmonics of each key, C = HARMONICS x PLACES, between bands in a straight line."""
+    def band(hertz: Tensor) -> Tensor:  # where it lies among the centres of the filters, HTK's mel scale
+        low, high, mel = (2595 * torch.log10(1 + torch.as_tensor(f) / 700) for f in (F_MIN, F_MAX, hertz))
+        return (mel - low) / (high - low) * (N_MELS + 1) - 1
+
+    keys = torch.arange(N_KEYS)[:, None, None] + torch.tensor(PLACES)                                # (K, 1, P) semitones above the lowest
+    hertz = 440 * 2 ** ((keys + MIN_MIDI - 69) / 12) * torch.tensor(HARMONICS)[:, None]              # (K, H, P)
+    place = band(hertz).flatten(1)                                                                   # (K, C)
+    inside = (place > -0.5) & (place < N_MELS - 1)
+    near = 1 - (place.clamp(min=0) - torch.arange(N_MELS)[:, None, None]).abs()                      # (M, K, C)
+    return near.clamp(min=0) * inside
+
+
+class HarmonicStack(nn.Module):
+    """Convolutions over time and keys, whose channels at first are a key's harmonics; one of them sees keys one and two octaves away."""
+
+    def __init__(self, inputs: int, units: int) -> None:
+        super().__init__()
+        self.near = nn.Sequential(*self.layer(inputs, units, 3, 3), *self.layer(units, units, 3, 3), Dropout(0.1))
+        self.octaves = nn.Sequential(*self.layer(units, units, 1, 5, 12))
+        self.later = nn.Sequential(*self.layer(units, units, 3, 3), Dropout(0.1))
+        self.last = nn.Sequential(*self.layer(units, units, 1, 3))
+
+    @staticmethod
+    def layer(inputs: int, units: int, frames: int, keys: int, apart: int = 1) -> tuple[nn.Module, ...]:
+        padding = (frames // 2, keys // 2 * apart)
+        return nn.Conv2d(inputs, units, (frames, keys), padding=padding, dilation=(1, apart)), BatchNorm(units), nn.ReLU(inplace=True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, C, T, K) -> (B, units, T, K)."""
+        x = self.near(x)
+        x = self.later(x + self.octaves(x))
+        return x + self.last(x)
+
+
+class Harmonic(Transcriber):
+    """Every key by the same small network, which hears the key's harmonics, after HPPNet (Wei et al., ISMIR 2022).
+
+    The spectrogram is read at each key's harmonics (as in Bittner et al., ISMIR 2017, but from the log-mel, of which all models
+    make do), so that what is learnt of one key holds for all. Convolutions over keys follow, then an LSTM which runs along
+    each key by itself; it also hears the mean over all keys. Onsets and frames are two outputs of it.
+    """
+
+    def __init__(self, sizes: Sizes, recipe: Recipe) -> None:
+        super().__init__(sizes, recipe)
+        units, key_units, all_units, hidden = (math.ceil(size / share) for size, share in zip((*(sizes.fc_unit,) * 3, sizes.lstm_unit), (4, 8, 16, 2)))
+        self.register_buffer("harmonics", harmonic_filters(), persistent=False)
+        self.stack = HarmonicStack(self.harmonics.shape[2], units)
+        self.key_fc, self.all_fc = nn.Linear(units, key_units), nn.Linear(units, all_units)
+        self.lstm = nn.LSTM(key_units + all_units, hidden, batch_first=True, bidirectional=True)
+        self.fc = nn.Linear(2 * hidden, 2, bias=False)
+        self.path_fc = nn.Linear(key_units, 2, bias=False) if recipe.residual else None
+        rates = torch.tensor([FRAME_RATE, ONSET_RATE])
+        self.bias = nn.Parameter((rates.logit() if recipe.base_rate_bias else torch.zeros(2)).repeat(N_KEYS, 1))
+
+    def convolve(self, mel: Tensor) -> tuple[Tensor, ...]:
+        """(B, T, M) -> what is heard of each key (B, T, K * C), and of all (B, T, C')."""
+        x = (mel @ self.harmonics.flatten(1)).unflatten(2, (N_KEYS, -1))       # (B, T, M) @ (M, K * C) -> (B, T, K, C)
+        x = self.stack(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)              # channels-last memory as it is
+        return self.key_fc(x).flatten(2), self.all_fc(x.mean(dim=2))
+
+    def recur(self, key: Tensor, every: Tensor) -> tuple[Tensor, Tensor]:
+        key = key.unflatten(2, (N_KEYS, -1))                                                            # (B, T, K, C)
+        x = torch.cat([key, every[:, :, None].expand(-1, -1, N_KEYS, -1)], dim=3).transpose(1, 2)       # (B, K, T, C + C')
+        logit = self.fc(self.lstm(x.flatten(0, 1))[0]).unflatten(0, (-1, N_KEYS)).transpose(1, 2)       # (B, T, K, 2)
+        logit = logit + self.bias if self.path_fc is None else logit + self.path_fc(key) + self.bias
+        return logit[..., 0], logit[..., 1]
+
+
+MODELS = {"baseline": Baseline, "rnn": RNN, "crnn": CRNN, "onf": OnsetsAndFrames, "harmonic": Harmonic}
 
 
 def build_model(name: str, sizes: Sizes = Sizes(), recipe: Recipe = Recipe()) -> Transcriber:
