@@ -10,6 +10,7 @@ import dataclasses
 import io
 import math
 import platform
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -160,36 +161,56 @@ def in_context(features: Tensor, lstm: nn.LSTM) -> Tensor:
     """(B, T, C) -> (B, T, 2H). On CUDA in float32, for autocast would make float16 of it there, too coarse for the gradients."""
     with torch.autocast("cuda", enabled=False):
         features = features.float() if features.is_cuda else features
-        return in_long_context(features, lstm) if torch.is_inference_mode_enabled() and features.shape[1] > LONG_FRAMES else lstm(features)[0]
+        return in_long_context(features, lstm) if in_pieces(features) else lstm(features)[0]
 
 
-def in_long_context(features: Tensor, lstm: nn.LSTM) -> Tensor:
-    """The same for inference alone, each direction in a thread of its own, for two do nothing for one of them."""
-    threads, kind = torch.get_num_threads(), features.device.type
-    dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else features.dtype
+def in_pieces(features: Tensor) -> bool:
+    """Whether recurrent layers read (B, T, C) piece by piece: where it is long, and nothing is to be learnt from it."""
+    return torch.is_inference_mode_enabled() and features.shape[1] > LONG_FRAMES
+
+
+def in_long_context(features: Tensor, lstm: nn.LSTM, layer: int = 0) -> Tensor:
+    """The same in pieces, from that layer on."""
+    if layer == lstm.num_layers:
+        return features
+    heard = features.new_empty(*features.shape[:2], 2 * lstm.hidden_size, dtype=autocast_dtype(features))
+    ways = heard.chunk(2, dim=2)
+    read_in_pieces(lstm, layer, features.shape[1], lambda where: features[:, where], lambda way, where, piece: ways[way][:, where].copy_(piece))
+    return in_long_context(heard, lstm, layer + 1)
+
+
+def read_in_pieces(lstm: nn.LSTM, layer: int, n_frames: int, read: Callable[[slice], Tensor], keep: Callable[[int, slice, Tensor], Any]) -> None:
+    """One layer of an LSTM in inference, LONG_FRAMES at a time, each piece beginning with the state in which the one before it
+    ended: in one, 20 minutes of `onf` take 0.3 GB more. Each direction has a thread of its own, for two do little for one.
+
+    Args:
+        read: gives the features (B, t, C) of a slice of the frames.
+        keep: is given the direction (0, or 1 for backwards), the slice, and what was heard in it, (B, t, H).
+    """
+    kind, threads = lstm.weight_hh_l0.device.type, torch.get_num_threads()
+    dtype, fast = torch.get_autocast_dtype(kind), torch.is_autocast_enabled(kind)  # which a new thread does not know of
+    starts = range(0, n_frames, LONG_FRAMES)
+
+    def run(way: int) -> None:
+        weights = [getattr(lstm, f"{name}_l{layer}{('', '_reverse')[way]}") for name in ("weight_ih", "weight_hh", "bias_ih", "bias_hh")]
+        state = None
+        with torch.inference_mode(), torch.autocast(kind, dtype, fast):
+            for start in reversed(starts) if way else starts:
+                where = slice(start, min(start + LONG_FRAMES, n_frames))
+                piece = read(where)
+                state = state or (piece.new_zeros(1, len(piece), lstm.hidden_size),) * 2
+                piece, *state = torch.lstm(piece.flip(1) if way else piece, state, weights, True, 1, 0.0, False, False, True)
+                keep(way, where, piece.flip(1) if way else piece)
+
     with ThreadPoolExecutor(min(2, threads), initializer=torch.set_num_threads, initargs=(1,)) as pool:
-        for layer in range(lstm.num_layers):
-            heard = features.new_empty(*features.shape[:2], 2 * lstm.hidden_size, dtype=dtype)
-            halves = [pool.submit(in_one_direction, features, lstm, layer, suffix, half) for suffix, half in zip(("", "_reverse"), heard.chunk(2, dim=2))]
-            for half in halves:
-                half.result()
-            features = heard
+        list(pool.map(run, range(2)))
     torch.set_num_threads(threads)  # the pool's threads have set MKL's for all
-    return features
 
 
-@torch.inference_mode()
-def in_one_direction(features: Tensor, lstm: nn.LSTM, layer: int, suffix: str, heard: Tensor) -> None:
-    """One direction of one layer, (B, T, C) -> (B, T, H) written into `heard`; piece by piece, each beginning with the state in
-    which the one before it ended: in one, 20 minutes take 0.3 GB more."""
-    weights = [getattr(lstm, f"{kind}_l{layer}{suffix}") for kind in ("weight_ih", "weight_hh", "bias_ih", "bias_hh")]
-    state = (features.new_zeros(1, len(features), lstm.hidden_size),) * 2
-    starts = range(0, features.shape[1], LONG_FRAMES)
-    with torch.autocast(features.device.type, dtype=heard.dtype, enabled=heard.dtype != torch.float32):  # a thread begins without
-        for start in reversed(starts) if suffix else starts:
-            piece = features[:, start : start + LONG_FRAMES]
-            piece, *state = torch.lstm(piece.flip(1) if suffix else piece, state, weights, True, 1, 0.0, False, False, True)
-            heard[:, start : start + LONG_FRAMES] = piece.flip(1) if suffix else piece
+def autocast_dtype(features: Tensor) -> torch.dtype:
+    """Of what a layer makes of these features."""
+    kind = features.device.type
+    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else features.dtype
 
 
 def recurrent_head(features: Tensor, lstm: nn.LSTM, output: nn.Linear, path: nn.Linear | None) -> Tensor:
@@ -417,11 +438,28 @@ class Harmonic(Transcriber):
         return self.key_fc(x).flatten(2), self.all_fc(x.mean(dim=2))
 
     def recur(self, key: Tensor, every: Tensor) -> tuple[Tensor, Tensor]:
-        key = key.unflatten(2, (N_KEYS, -1))                                                            # (B, T, K, C)
-        x = torch.cat([key, every[:, :, None].expand(-1, -1, N_KEYS, -1)], dim=3).transpose(1, 2)       # (B, K, T, C + C')
-        logit = self.fc(self.lstm(x.flatten(0, 1))[0]).unflatten(0, (-1, N_KEYS)).transpose(1, 2)       # (B, T, K, 2)
-        logit = logit + self.bias if self.path_fc is None else logit + self.path_fc(key) + self.bias
-        return logit[..., 0], logit[..., 1]
+        with torch.autocast("cuda", enabled=False):  # as in_context has it
+            key, every = (x.float() if x.is_cuda else x for x in (key, every))
+            key = key.unflatten(2, (N_KEYS, -1))                                                        # (B, T, K, C)
+            if in_pieces(every):  # what the LSTM says of all keys is not kept: in an hour it would be 2 GB
+                halves = self.fc.weight.chunk(2, dim=1)
+                said = [key.new_empty(*key.shape[:3], 2, dtype=autocast_dtype(key)) for _ in range(2)]
+                read_in_pieces(self.lstm, 0, key.shape[1], lambda where: self.along_keys(key[:, where], every[:, where]),
+                               lambda way, where, piece: said[way][:, where].copy_(self.by_frames(nn.functional.linear(piece, halves[way]))))
+                logit = said[0].float() + said[1]
+            else:
+                logit = self.by_frames(self.fc(self.lstm(self.along_keys(key, every))[0])).float()
+            logit = logit + (self.bias if self.path_fc is None else self.path_fc(key) + self.bias)
+            return logit[..., 0], logit[..., 1]
+
+    def along_keys(self, key: Tensor, every: Tensor) -> Tensor:
+        """(B, T, K, C) and (B, T, C') -> (B * K, T, C + C')."""
+        every = every[:, :, None].expand(-1, -1, N_KEYS, -1)
+        return torch.cat([key, every], dim=3).transpose(1, 2).flatten(0, 1)
+
+    def by_frames(self, said: Tensor) -> Tensor:
+        """(B * K, T, 2) -> (B, T, K, 2)."""
+        return said.unflatten(0, (-1, N_KEYS)).transpose(1, 2)
 
 
 MODELS = {"baseline": Baseline, "rnn": RNN, "crnn": CRNN, "onf": OnsetsAndFrames, "harmonic": Harmonic}
@@ -438,20 +476,19 @@ def for_inference(model: Transcriber) -> Transcriber:
     model = copy.deepcopy(model).eval()
     kind = next(model.parameters()).device.type
     rounded = torch.is_autocast_enabled(kind)
-    layers = [(module, name, layer) for module in model.modules() for name, layer in module.named_children()]
-    for parent, name, layer in layers:
-        if isinstance(layer, nn.LSTM):
-            layer.flatten_parameters()  # on CUDA a copy's are scattered
-        if type(layer) is not ConvStack:
-            continue
-        if rounded and kind == "cpu":  # one that multiplies bfloat16 multiplies bytes twice as fast
-            setattr(parent, name, Int8ConvStack(layer))
-            continue
-        for i, norm in enumerate(layer.cnn):
-            if isinstance(norm, BatchNorm):
-                layer.cnn[i - 1], layer.cnn[i] = fuse_conv_bn_eval(layer.cnn[i - 1], norm), nn.Identity()
-        if rounded:
-            layer.to(torch.get_autocast_dtype(kind))
+    for parent in list(model.modules()):
+        for name, layer in parent.named_children():
+            if isinstance(layer, nn.LSTM):
+                layer.flatten_parameters()  # on CUDA a copy's are scattered
+            elif type(layer) is ConvStack and rounded and kind == "cpu":  # one that multiplies bfloat16 multiplies bytes twice as fast
+                setattr(parent, name, Int8ConvStack(layer))
+            elif isinstance(layer, (ConvStack, HarmonicStack)):
+                for part in layer.children():
+                    for i, norm in enumerate(part):
+                        if isinstance(norm, BatchNorm):
+                            part[i - 1], part[i] = fuse_conv_bn_eval(part[i - 1], norm), nn.Identity()
+                if rounded:
+                    layer.to(torch.get_autocast_dtype(kind))
     return model
 
 

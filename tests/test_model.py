@@ -20,6 +20,7 @@ from layers import BatchNorm, Dropout, PoolRectifyDrop
 from model import (
     CHUNK_FRAMES,
     FRAME_RATE,
+    HARMONICS,
     MODELS,
     ONSET_RATE,
     RECIPES,
@@ -30,6 +31,7 @@ from model import (
     Sizes,
     Transcriber,
     build_model,
+    harmonic_filters,
     load_checkpoint,
     n_parameters,
     parse_recipe,
@@ -73,7 +75,7 @@ def float32(monkeypatch: pytest.MonkeyPatch):
 
 # --- architecture ---
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", ATTRIBUTES)
 def test_attributes_have_the_names_of_the_course(name):
     model = build_model(name, SMALL, COURSE)
     parts = {part for part, module in model.named_children() if n_parameters(module)}
@@ -100,7 +102,7 @@ def test_the_courses_batch_gives_two_hundred_frames(name):
     assert frame.shape == onset.shape == (2, 200, 88)
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", ATTRIBUTES)
 def test_outputs_are_logits_and_no_probabilities(name):
     """An output bias of 30 comes out as about 30 from a linear last layer, and as 1 from a sigmoid."""
     model = build_model(name, SMALL).eval()
@@ -156,7 +158,7 @@ def test_default_recipe_adds_only_what_it_lists(name, passed):
     assert n_parameters(build_model(name)) - n_parameters(build_model(name, recipe=same_width)) == wider * (name == "onf")
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", ATTRIBUTES)
 def test_output_biases_start_at_the_base_rates(name):
     model = build_model(name, SMALL, DEFAULT)
     last = model.combined_fc if name == "onf" else model.frame_fc
@@ -206,14 +208,71 @@ def test_other_models_have_independent_heads(name):
     assert not any(p.grad is not None and p.grad.any() for part, p in model.named_parameters() if part.startswith("onset_"))
 
 
+# --- the harmonic model ---
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_parameters_of_the_harmonic_model(recipe):
+    """Five convolutions of 64 channels with biases and batch norms, two linear layers, one LSTM of 44 units, and two outputs a key."""
+    convolutions = sum(taps * inputs * 64 + 3 * 64 for taps, inputs in ((9, 36), (9, 64), (5, 64), (9, 64), (3, 64)))
+    linear = 64 * 32 + 32 + 64 * 16 + 16
+    lstm = 2 * (4 * 44 * (48 + 44) + 8 * 44)
+    outputs = 88 * 2 + 2 * 88
+    path = 2 * 32 * RECIPES[recipe].residual
+    assert n_parameters(build_model("harmonic", recipe=RECIPES[recipe])) == convolutions + linear + lstm + outputs + path
+
+
+def test_harmonic_filters_read_between_the_bands():
+    filters = harmonic_filters()
+    assert filters.shape == (N_MELS, N_KEYS, 36) and filters.min() == 0
+    assert ((filters > 0).sum(dim=0) <= 2).all()
+    weights = filters.sum(dim=0).unflatten(1, (12, 3))                                  # (K, H, P)
+    hertz = 27.5 * 2 ** (torch.arange(N_KEYS) / 12)[:, None] * torch.tensor(HARMONICS)  # (K, H)
+    heard = (hertz > 40) & (hertz < 7500)
+    assert torch.allclose(weights[heard], torch.ones(())) and not weights[(hertz < 20) | (hertz > 8200)].any()
+
+
+@pytest.mark.parametrize("pitch", [33, 57, 69, 88, 100])
+@pytest.mark.parametrize("harmonic", [1, 2, 3])
+def test_a_tone_is_found_at_each_key_of_which_it_is_a_harmonic(pitch, harmonic):
+    time = torch.arange(20 * HOP_SIZE) / constants.SAMPLE_RATE
+    power = LogMelSpectrogram()(torch.sin(2 * math.pi * 440 * 2 ** ((pitch - 69) / 12) * time)[None])[0, 10].exp()
+    read = (power @ harmonic_filters().flatten(1)).unflatten(0, (N_KEYS, 12, 3))[:, HARMONICS.index(harmonic), 1]
+    key = pitch - constants.MIN_MIDI - round(12 * math.log2(harmonic))
+    if key >= 0:
+        assert abs(int(read.argmax()) - key) <= (1 if pitch < 50 else 0)  # low bands are as wide as several keys
+
+
+def test_outputs_of_the_harmonic_model_start_at_the_base_rates_and_are_logits():
+    model = build_model("harmonic", SMALL).eval()
+    rates = torch.tensor([FRAME_RATE, ONSET_RATE]).expand(N_KEYS, 2)
+    torch.testing.assert_close(torch.sigmoid(model.bias.detach()), rates)
+    assert not build_model("harmonic", SMALL, COURSE).bias.any()
+    with torch.no_grad():
+        model.bias.copy_(torch.tensor([30.0, -30.0]))
+        frame, onset = model(noise(1, 4 * HOP_SIZE))
+    assert (frame > 5).all() and (onset < -5).all()
+
+
+def test_keys_of_the_harmonic_model_hear_the_others():
+    """Through the mean over all keys, from one end of the keyboard to the other."""
+    model = lively("harmonic")
+    key, every = torch.zeros(1, 5, N_KEYS, 1), torch.zeros(1, 5, 1)
+    with torch.no_grad():
+        before = model.recur(key.flatten(2), every)[0]
+        key[:, 2, 0] = 1.0
+        changed = (model.recur(key.flatten(2), every)[0] - before).abs().amax(dim=(0, 1)) > 1e-4
+        assert changed[0] and not changed[1:].any()
+        assert ((model.recur(torch.zeros_like(key).flatten(2), every + 1)[0] - before).abs().amax(dim=(0, 1)) > 1e-4).all()
+
+
+# --- convolutions and layers of our own ---
+
 def test_conv_stack_halves_the_bands_twice_and_keeps_time():
     stack = ConvStack(N_MELS, 4, 8)
     assert stack.cnn(noise(2, 1, 7, N_MELS)).shape == (2, 8, 7, 57)
     assert stack(noise(2, 7, N_MELS)).shape == (2, 7, 8)
     assert [layer.p for layer in stack.modules() if isinstance(layer, Dropout)] == [0.25, 0.25, 0.5]
 
-
-# --- layers of our own ---
 
 @pytest.mark.parametrize("p", [0.25, 0.5])
 def test_dropout_drops_its_share_and_keeps_the_mean(p):
@@ -378,18 +437,29 @@ def test_default_chunks_meet_without_a_seam(float32):
         assert (a - b).abs().max() < 1e-3
 
 
+@pytest.mark.parametrize("name, layers", [("rnn", 4), ("onf", 4), ("harmonic", 1)])
 @pytest.mark.parametrize("n_frames", [9, 16, 17])
-def test_recurrent_layers_infer_piece_by_piece(n_frames, float32, monkeypatch):
-    model, audio = lively("onf"), noise(n_frames * HOP_SIZE)
+def test_recurrent_layers_infer_piece_by_piece(name, layers, n_frames, float32, monkeypatch):
+    model, audio = lively(name), noise(n_frames * HOP_SIZE)
     whole = model.infer(audio)
+    read, calls = model_module.read_in_pieces, []
+    monkeypatch.setattr(model_module, "read_in_pieces", lambda *args: calls.append(args) or read(*args))
+    model.infer(audio)
+    assert not calls
     monkeypatch.setattr(model_module, "LONG_FRAMES", 8)
     pieces = model.infer(audio)
     for a, b in zip(whole, pieces):
         assert a.std() > 0 and (a - b).abs().max() < 1e-5
-    called = []
-    monkeypatch.setattr(model_module, "in_long_context", lambda features, lstm: called.append(lstm) or lstm(features)[0])
-    model.infer(audio)
-    assert called == [called[0], called[1]] and called[0].hidden_size == model.sizes.lstm_unit != called[1].hidden_size
+    assert len(calls) == layers
+
+
+@pytest.mark.parametrize("name", ["onf", "harmonic"])
+def test_pieces_are_as_exact_as_the_whole_under_autocast(name, monkeypatch):
+    model, audio = lively(name), noise(17 * HOP_SIZE)
+    whole = model.infer(audio)
+    monkeypatch.setattr(model_module, "LONG_FRAMES", 8)
+    for a, b in zip(whole, model.infer(audio)):
+        assert (a - b).abs().max() < 0.07 < a.std()
 
 
 def test_inference_leaves_the_number_of_threads(float32, monkeypatch):
