@@ -80,12 +80,13 @@ def training(batches: Iterator[dict[str, Tensor]], learn: Callable[[dict[str, Te
     return work
 
 
-def our_training(args: argparse.Namespace, make_recordings: Callable[[], list[Recording]], recipe_name: str = "default") -> Work:
+def our_training(args: argparse.Namespace, make_recordings: Callable[[], list[Recording]], recipe_name: str = "default",
+                 name: str = "onf") -> Work:
     """Training as train.py does it."""
     train.keep_pages()
     torch.manual_seed(0)
     device, recipe = pick_device(args.device), model.RECIPES[recipe_name]
-    net = build_model("onf", SIZES, recipe).to(device).train()
+    net = build_model(name, SIZES, recipe).to(device).train()
     optimizer = train.adam(net, recipe.learning_rate)
     segments = Segments(make_recordings(), args.sequence_length, 0, recipe.onset_target)
     wrapped = train.joined(net, device)
@@ -172,7 +173,8 @@ def kernel_share(args: argparse.Namespace, make_recordings: Callable[[], list[Re
 def bench_train(args: argparse.Namespace) -> list[Row]:
     recordings = partial(some_recordings, args.batch_size, RECORDING_SECONDS)  # the reference takes one segment of each
     makers = {"reference": partial(reference_training, args, recordings), "ours": partial(our_training, args, recordings),
-              "course": partial(our_training, args, recordings, "course"), "machine": partial(machine_rates, args)}
+              "course": partial(our_training, args, recordings, "course"),
+              "harmonic": partial(our_training, args, recordings, name="harmonic"), "machine": partial(machine_rates, args)}
     if pick_device(args.device).type == "cuda":
         makers["cuda"] = partial(kernel_share, args, recordings)
     found = take_turns(args.rounds, makers)
@@ -183,6 +185,7 @@ def bench_train(args: argparse.Namespace) -> list[Row]:
     rows = [Row(f"training step, {args.batch_size} x {args.sequence_length}", ours["seconds"], base["seconds"]),
             Row("- of it cutting the batch", ours["batch"], base["batch"]),
             Row("- with the recipe 'course'", found["course"]["seconds"], base["seconds"]),
+            Row("- with the model 'harmonic'", found["harmonic"]["seconds"], base["seconds"]),
             Row("- arithmetic", *([gflop / s for s in side["seconds"]] for side in (ours, base)), unit="GFLOP/s",
                 note=f"{gflop:.3g} GFLOP take {bound:.3g} s at the convolution's rate, {bound / median(ours['seconds']):.0%} of ours"),
             *(Row(f"- this machine's {name}", rates[name], unit="GFLOP/s") for name in rates if name != "seconds")]
@@ -191,9 +194,9 @@ def bench_train(args: argparse.Namespace) -> list[Row]:
 
 # --- transcription ---
 
-def our_transcription(args: argparse.Namespace, folder: Path) -> Work:
+def our_transcription(args: argparse.Namespace, folder: Path, checkpoint: Path) -> Work:
     train.keep_pages()
-    net = load_checkpoint(folder / "ours.pt", pick_device(args.device))
+    net = load_checkpoint(checkpoint, pick_device(args.device))
     return in_stages(reading=lambda _: load_audio(folder / "short.flac"),
                      inference=lambda audio: tuple(logit.numpy() for logit in net.infer(torch.from_numpy(audio))),
                      decoding=lambda logits: estimated_notes(logits, net.thresholds, net.recipe.onset_target),
@@ -225,7 +228,8 @@ def bench_transcribe(args: argparse.Namespace) -> list[Row]:
         save_checkpoint(folder / "ours.pt", net)
         write_recording(folder / "short.flac", 60 * args.minutes)
         found = take_turns(args.rounds, {"reference": partial(reference_transcription, args, folder),
-                                         "ours": partial(our_transcription, args, folder)})
+                                         "ours": partial(our_transcription, args, folder, folder / "ours.pt"),
+                                         "released": partial(our_transcription, args, folder, model.RELEASED)})
         for minutes in lengths:
             write_recording(folder / f"{minutes}min.flac", 60 * minutes)
         runs = [[run_process("transcribe.py", str(folder / "ours.pt"), str(folder / f"{minutes}min.flac"), "--save_path", name,
@@ -238,6 +242,8 @@ def bench_transcribe(args: argparse.Namespace) -> list[Row]:
     rows = [Row(f"transcription, {args.minutes:g} min", ours["seconds"], base["seconds"], note=speed(args.minutes, ours["seconds"])),
             *(Row(f"- {part}", ours[part], base[part]) for part in ("reading", "inference", "decoding", "writing"))]
     rows[-1].note = f"{ours['notes'][0]} notes, {base['notes'][0]} notes"
+    released = found["released"]["seconds"]
+    rows.append(Row("- with the released checkpoint", released, base["seconds"], note=speed(args.minutes, released)))
     for minutes, pairs in zip(lengths, zip(*runs)):
         seconds, peaks = map(list, zip(*pairs))
         rows += [Row(f"transcribe.py, {minutes} min", seconds, note=speed(minutes, seconds)), Row("- peak memory", peaks, unit="GB")]
