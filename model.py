@@ -10,6 +10,7 @@ import dataclasses
 import io
 import math
 import platform
+import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -441,16 +442,28 @@ class Harmonic(Transcriber):
         with torch.autocast("cuda", enabled=False):  # as in_context has it
             key, every = (x.float() if x.is_cuda else x for x in (key, every))
             key = key.unflatten(2, (N_KEYS, -1))                                                        # (B, T, K, C)
-            if in_pieces(every):  # what the LSTM says of all keys is not kept: in an hour it would be 2 GB
-                halves = self.fc.weight.chunk(2, dim=1)
-                said = [key.new_empty(*key.shape[:3], 2, dtype=autocast_dtype(key)) for _ in range(2)]
-                read_in_pieces(self.lstm, 0, key.shape[1], lambda where: self.along_keys(key[:, where], every[:, where]),
-                               lambda way, where, piece: said[way][:, where].copy_(self.by_frames(nn.functional.linear(piece, halves[way]))))
-                logit = said[0].float() + said[1]
-            else:
-                logit = self.by_frames(self.fc(self.lstm(self.along_keys(key, every))[0])).float()
-            logit = logit + (self.bias if self.path_fc is None else self.path_fc(key) + self.bias)
+            if in_pieces(every):
+                return self.recur_in_pieces(key, every)
+            logit = self.by_frames(self.fc(self.lstm(self.along_keys(key, every))[0])) + self.past_recurrent(key)
             return logit[..., 0], logit[..., 1]
+
+    def recur_in_pieces(self, key: Tensor, every: Tensor) -> tuple[Tensor, Tensor]:
+        """The same; what the LSTM says of all keys is not kept, for in an hour it would be 2 GB."""
+        logit, one_at_a_time = key.new_zeros(2, *key.shape[:3], dtype=torch.float32), threading.Lock()
+        halves = self.fc.weight.chunk(2, dim=1)
+
+        def keep(way: int, where: slice, heard: Tensor) -> None:
+            said = self.by_frames(nn.functional.linear(heard, halves[way])).float()
+            said = said if way else said + self.past_recurrent(key[:, where])
+            with one_at_a_time:
+                logit[:, :, where] += said.movedim(3, 0)
+
+        read_in_pieces(self.lstm, 0, key.shape[1], lambda where: self.along_keys(key[:, where], every[:, where]), keep)
+        return logit[0], logit[1]
+
+    def past_recurrent(self, key: Tensor) -> Tensor:
+        """(B, T, K, C) -> (B, T, K, 2)."""
+        return self.bias if self.path_fc is None else self.path_fc(key) + self.bias
 
     def along_keys(self, key: Tensor, every: Tensor) -> Tensor:
         """(B, T, K, C) and (B, T, C') -> (B * K, T, C + C')."""
