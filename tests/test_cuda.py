@@ -27,7 +27,7 @@ def test_training_and_resuming(data_folder: Path, tmp_path: Path):
     assert (tmp_path / "again" / "results.json").is_file()
 
 
-@pytest.mark.parametrize("model", ["baseline", "rnn", "crnn", "onf"])
+@pytest.mark.parametrize("model", ["baseline", "rnn", "crnn", "onf", "harmonic"])
 def test_a_gpu_hears_what_a_cpu_hears(model: str):
     """In float32 without TF32, on two seconds of noise; the rest is the order of additions."""
     difference = run("-c", f"""

@@ -144,7 +144,7 @@ def test_the_screen_shows_the_run_and_its_metrics(data_folder, tmp_path, capsys)
         assert fact in head
 
 
-@pytest.mark.parametrize("model", ["baseline", "crnn"])
+@pytest.mark.parametrize("model", ["baseline", "crnn", "harmonic"])
 def test_every_model_trains_in_the_courses_recipe(model, data_folder, tmp_path):
     assert train.main(tiny(data_folder, tmp_path, "--model_type", model.upper(), "--recipe", "course", "-i", "2")) == 0
     trained = load_checkpoint(tmp_path / "model-2.pt")
@@ -213,7 +213,7 @@ def test_onset_data_is_only_for_training_and_stays_when_resumed(data_folder, tmp
 
 # --- stopping and going on ---
 
-@pytest.mark.parametrize("model, recipe", [("onf", "default"), ("baseline", "course")])
+@pytest.mark.parametrize("model, recipe", [("onf", "default"), ("baseline", "course"), ("harmonic", "default")])
 def test_a_resumed_run_equals_an_uninterrupted_one(model, recipe, data_folder, tmp_path):
     assert train.main(tiny(data_folder, tmp_path / "whole", "--model", model, "--recipe", recipe, "-wd", "1e-4")) == 0
     (tmp_path / "again").mkdir()
