@@ -73,7 +73,7 @@ class Dropout(nn.Module):
 
     def __init__(self, p: float) -> None:
         super().__init__()
-        self.p = p
+        self.p = round(256 * p) / 256
 
     def forward(self, x: Tensor) -> Tensor:
         return x * self.factors(torch.empty_like(x)) if self.training and self.p else x

@@ -33,8 +33,9 @@ from notes import ONSET_PLACES
 # Base rates per frame and key (of onsets, as many as there are strikes), from MAESTRO v2: 7.13 M notes in 201.2 h; keys sound in about 3 % of all places.
 ONSET_RATE = 0.0036
 FRAME_RATE = 0.03
-HARMONICS = (0.5, 1.0, 2.0, 3.0, 4.0, 5.0, 6.0, 7.0, 8.0, 10.0, 12.0, 15.0)  # of a key that the model of that name looks at; half of it tells octaves apart
-PLACES = (-1 / 3, 0.0, 1 / 3)  # semitones beside each of them
+# what the model `harmonic` reads of a key, half of it to tell octaves apart, and semitones beside each; a checkpoint holds for these alone
+HARMONICS = (0.5, 1.0, 2.0, 3.0, 4.0, 5.0, 6.0, 7.0, 8.0, 10.0, 12.0, 15.0)
+PLACES = (-1 / 3, 0.0, 1 / 3)
 CONTEXT = 3         # frames that three 3 x 3 convolutions see to either side
 SIDE = (N_FFT - HOP_SIZE) // 2  # samples that a Fourier window reaches past its frame on either side
 RELEASED = Path(__file__).parent / "runs" / "released" / "onf.pt"  # the checkpoint that comes with the code
@@ -105,9 +106,9 @@ def parse_recipe(text: str) -> Recipe:
 class Sizes:
     """Every number a transcriber's constructor takes; the course's defaults."""
 
-    cnn_unit: int = 48   # channels of the first two convolutions; the third has twice as many
-    fc_unit: int = 256   # features of a frame after the convolution stack
-    lstm_unit: int = 88  # hidden units in each direction
+    cnn_unit: int = 48   # channels of the first two convolutions; the third has twice as many. None of `harmonic`
+    fc_unit: int = 256   # features of a frame after the convolution stack; four for each channel of the convolutions of `harmonic`
+    lstm_unit: int = 88  # hidden units in each direction; half of them in `harmonic`, along each key
 
 
 class LogMelSpectrogram(nn.Module):
@@ -162,40 +163,45 @@ def in_context(features: Tensor, lstm: nn.LSTM) -> Tensor:
     """(B, T, C) -> (B, T, 2H). On CUDA in float32, for autocast would make float16 of it there, too coarse for the gradients."""
     with torch.autocast("cuda", enabled=False):
         features = features.float() if features.is_cuda else features
-        return in_long_context(features, lstm) if in_pieces(features) else lstm(features)[0]
+        if not is_long(features):
+            return lstm(features)[0]
+        for layer in range(lstm.num_layers):
+            features = layer_in_pieces(features, lstm, layer)
+        return features
 
 
-def in_pieces(features: Tensor) -> bool:
-    """Whether recurrent layers read (B, T, C) piece by piece: where it is long, and nothing is to be learnt from it."""
+def is_long(features: Tensor) -> bool:
+    """Whether recurrent layers shall read (B, T, C) in pieces; only in inference mode, for gradients need the whole."""
     return torch.is_inference_mode_enabled() and features.shape[1] > LONG_FRAMES
 
 
-def in_long_context(features: Tensor, lstm: nn.LSTM, layer: int = 0) -> Tensor:
-    """The same in pieces, from that layer on."""
-    if layer == lstm.num_layers:
-        return features
+def layer_in_pieces(features: Tensor, lstm: nn.LSTM, layer: int) -> Tensor:
+    """(B, T, C) -> (B, T, 2H)."""
     heard = features.new_empty(*features.shape[:2], 2 * lstm.hidden_size, dtype=autocast_dtype(features))
-    ways = heard.chunk(2, dim=2)
-    read_in_pieces(lstm, layer, features.shape[1], lambda where: features[:, where], lambda way, where, piece: ways[way][:, where].copy_(piece))
-    return in_long_context(heard, lstm, layer + 1)
+    halves = heard.chunk(2, dim=2)
+    read_in_pieces(lstm, layer, features.shape[1], lambda where: features[:, where],
+                   lambda way, where, piece: halves[way][:, where].copy_(piece))
+    return heard
 
 
-def read_in_pieces(lstm: nn.LSTM, layer: int, n_frames: int, read: Callable[[slice], Tensor], keep: Callable[[int, slice, Tensor], Any]) -> None:
+def read_in_pieces(lstm: nn.LSTM, layer: int, n_frames: int, read: Callable[[slice], Tensor],
+                   keep: Callable[[int, slice, Tensor], Any]) -> None:
     """One layer of an LSTM in inference, LONG_FRAMES at a time, each piece beginning with the state in which the one before it
-    ended: in one, 20 minutes of `onf` take 0.3 GB more. Each direction has a thread of its own, for two do little for one.
+    ended: in one, 20 minutes of `onf` take 0.3 GB more. On a CPU the two directions run side by side, because two cores make
+    one direction hardly faster.
 
     Args:
         read: gives the features (B, t, C) of a slice of the frames.
         keep: is given the direction (0, or 1 for backwards), the slice, and what was heard in it, (B, t, H).
     """
     kind, threads = lstm.weight_hh_l0.device.type, torch.get_num_threads()
-    dtype, fast = torch.get_autocast_dtype(kind), torch.is_autocast_enabled(kind)  # which a new thread does not know of
+    dtype, enabled = torch.get_autocast_dtype(kind), torch.is_autocast_enabled(kind)  # which a new thread does not know of
     starts = range(0, n_frames, LONG_FRAMES)
 
     def run(way: int) -> None:
         weights = [getattr(lstm, f"{name}_l{layer}{('', '_reverse')[way]}") for name in ("weight_ih", "weight_hh", "bias_ih", "bias_hh")]
         state = None
-        with torch.inference_mode(), torch.autocast(kind, dtype, fast):
+        with torch.inference_mode(), torch.autocast(kind, dtype, enabled):
             for start in reversed(starts) if way else starts:
                 where = slice(start, min(start + LONG_FRAMES, n_frames))
                 piece = read(where)
@@ -203,9 +209,12 @@ def read_in_pieces(lstm: nn.LSTM, layer: int, n_frames: int, read: Callable[[sli
                 piece, *state = torch.lstm(piece.flip(1) if way else piece, state, weights, True, 1, 0.0, False, False, True)
                 keep(way, where, piece.flip(1) if way else piece)
 
-    with ThreadPoolExecutor(min(2, threads), initializer=torch.set_num_threads, initargs=(1,)) as pool:
-        list(pool.map(run, range(2)))
-    torch.set_num_threads(threads)  # the pool's threads have set MKL's for all
+    side_by_side = 2 if kind == "cpu" and threads > 1 else 1
+    try:
+        with ThreadPoolExecutor(side_by_side, initializer=torch.set_num_threads, initargs=(threads // side_by_side,)) as pool:
+            list(pool.map(run, range(2)))
+    finally:
+        torch.set_num_threads(threads)  # which is also that of threads to come
 
 
 def autocast_dtype(features: Tensor) -> torch.dtype:
@@ -377,7 +386,7 @@ class OnsetsAndFrames(Transcriber):
 
 
 def harmonic_filters() -> Tensor:
-    """(M, K, C) weights that read a mel spectrogram at the harmonics of each key, C = HARMONICS x PLACES, between bands in a straight line."""
+    """(M, K, C) weights that read a mel spectrogram at the harmonics of each key, C = HARMONICS x PLACES; between bands linearly."""
     def band(hertz: Tensor) -> Tensor:  # where it lies among the centres of the filters, HTK's mel scale
         low, high, mel = (2595 * torch.log10(1 + torch.as_tensor(f) / 700) for f in (F_MIN, F_MAX, hertz))
         return (mel - low) / (high - low) * (N_MELS + 1) - 1
@@ -385,13 +394,13 @@ def harmonic_filters() -> Tensor:
     keys = torch.arange(N_KEYS)[:, None, None] + torch.tensor(PLACES)                                # (K, 1, P) semitones above the lowest
     hertz = 440 * 2 ** ((keys + MIN_MIDI - 69) / 12) * torch.tensor(HARMONICS)[:, None]              # (K, H, P)
     place = band(hertz).flatten(1)                                                                   # (K, C)
-    inside = (place > -0.5) & (place < N_MELS - 1)
+    inside = (place > -0.5) & (place < N_MELS - 1)  # half a band below the first counts as that; elsewhere there is nothing, 0
     near = 1 - (place.clamp(min=0) - torch.arange(N_MELS)[:, None, None]).abs()                      # (M, K, C)
     return near.clamp(min=0) * inside
 
 
 class HarmonicStack(nn.Module):
-    """Convolutions over time and keys, whose channels at first are a key's harmonics; one of them sees keys one and two octaves away."""
+    """Convolutions over time and keys, whose channels at first are a key's harmonics; one sees keys one and two octaves away."""
 
     def __init__(self, inputs: int, units: int) -> None:
         super().__init__()
@@ -413,16 +422,17 @@ class HarmonicStack(nn.Module):
 
 
 class Harmonic(Transcriber):
-    """Every key by the same small network, which hears the key's harmonics, after HPPNet (Wei et al., ISMIR 2022).
+    """Every key by the same small network, but for its biases; it hears the key's harmonics. After HPPNet (Wei et al., ISMIR 2022).
 
-    The spectrogram is read at each key's harmonics (as in Bittner et al., ISMIR 2017, but from the log-mel, of which all models
-    make do), so that what is learnt of one key holds for all. Convolutions over keys follow, then an LSTM which runs along
+    The spectrogram is read at each key's harmonics (as in Bittner et al., ISMIR 2017, but from the log-mel that all models
+    have), so that what is learnt of one key holds for all. Convolutions over keys follow, then an LSTM which runs along
     each key by itself; it also hears the mean over all keys. Onsets and frames are two outputs of it.
     """
 
     def __init__(self, sizes: Sizes, recipe: Recipe) -> None:
         super().__init__(sizes, recipe)
-        units, key_units, all_units, hidden = (math.ceil(size / share) for size, share in zip((*(sizes.fc_unit,) * 3, sizes.lstm_unit), (4, 8, 16, 2)))
+        units, key_units, all_units = (math.ceil(sizes.fc_unit / share) for share in (4, 8, 16))
+        hidden = math.ceil(sizes.lstm_unit / 2)
         self.register_buffer("harmonics", harmonic_filters(), persistent=False)
         self.stack = HarmonicStack(self.harmonics.shape[2], units)
         self.key_fc, self.all_fc = nn.Linear(units, key_units), nn.Linear(units, all_units)
@@ -442,7 +452,7 @@ class Harmonic(Transcriber):
         with torch.autocast("cuda", enabled=False):  # as in_context has it
             key, every = (x.float() if x.is_cuda else x for x in (key, every))
             key = key.unflatten(2, (N_KEYS, -1))                                                        # (B, T, K, C)
-            if in_pieces(every):
+            if is_long(every):
                 return self.recur_in_pieces(key, every)
             logit = self.by_frames(self.fc(self.lstm(self.along_keys(key, every))[0])) + self.past_recurrent(key)
             return logit[..., 0], logit[..., 1]
@@ -485,7 +495,7 @@ def build_model(name: str, sizes: Sizes = Sizes(), recipe: Recipe = Recipe()) ->
 
 def for_inference(model: Transcriber) -> Transcriber:
     """A copy that only infers, and faster: batch norm is folded into the convolution before it, and where autocast multiplies in
-    bfloat16 the stacks compute in 8-bit integers on a CPU, and elsewhere have their weights rounded once and not at every use."""
+    bfloat16 ConvStacks compute in 8-bit integers on a CPU, and all others have their weights rounded once and not at every use."""
     model = copy.deepcopy(model).eval()
     kind = next(model.parameters()).device.type
     rounded = torch.is_autocast_enabled(kind)
@@ -493,7 +503,7 @@ def for_inference(model: Transcriber) -> Transcriber:
         for name, layer in parent.named_children():
             if isinstance(layer, nn.LSTM):
                 layer.flatten_parameters()  # on CUDA a copy's are scattered
-            elif type(layer) is ConvStack and rounded and kind == "cpu":  # one that multiplies bfloat16 multiplies bytes twice as fast
+            elif isinstance(layer, ConvStack) and rounded and kind == "cpu":  # one that multiplies bfloat16 multiplies bytes twice as fast
                 setattr(parent, name, Int8ConvStack(layer))
             elif isinstance(layer, (ConvStack, HarmonicStack)):
                 for part in layer.children():
