@@ -38,7 +38,7 @@ HARMONICS = (0.5, 1.0, 2.0, 3.0, 4.0, 5.0, 6.0, 7.0, 8.0, 10.0, 12.0, 15.0)
 PLACES = (-1 / 3, 0.0, 1 / 3)
 CONTEXT = 3         # frames that three 3 x 3 convolutions see to either side
 SIDE = (N_FFT - HOP_SIZE) // 2  # samples that a Fourier window reaches past its frame on either side
-RELEASED = Path(__file__).parent / "runs" / "released" / "onf.pt"  # the checkpoint that comes with the code
+RELEASED = Path(__file__).parent / "runs" / "released" / "harmonic.pt"  # the checkpoint that comes with the code
 LONG_FRAMES = 1024  # from which on recurrent layers infer piece by piece, half a minute
 CHUNK_FRAMES = 512  # frames convolved at a time in a long recording, 16 s: big enough to be fast, flat in memory
 

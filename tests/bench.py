@@ -243,7 +243,7 @@ def bench_transcribe(args: argparse.Namespace) -> list[Row]:
             *(Row(f"- {part}", ours[part], base[part]) for part in ("reading", "inference", "decoding", "writing"))]
     rows[-1].note = f"{ours['notes'][0]} notes, {base['notes'][0]} notes"
     released = found["released"]["seconds"]
-    rows.append(Row("- with the released checkpoint", released, base["seconds"], note=speed(args.minutes, released)))
+    rows.append(Row(f"- with {model.RELEASED.name}", released, base["seconds"], note=speed(args.minutes, released)))
     for minutes, pairs in zip(lengths, zip(*runs)):
         seconds, peaks = map(list, zip(*pairs))
         rows += [Row(f"transcribe.py, {minutes} min", seconds, note=speed(minutes, seconds)), Row("- peak memory", peaks, unit="GB")]

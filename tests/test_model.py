@@ -535,9 +535,10 @@ def test_entries_that_a_checkpoint_is_older_than_are_as_in_the_course(tmp_path):
     assert load_checkpoint(tmp_path / "old.pt").recipe == dataclasses.replace(DEFAULT, transpose=0, onset_target="one")
 
 
-def test_the_released_checkpoint_loads():
-    model = load_checkpoint(RELEASED)
-    assert type(model).__name__ == "OnsetsAndFrames" and RELEASED.stat().st_size < 20e6
+@pytest.mark.parametrize("name", ["onf", "harmonic"])
+def test_the_released_checkpoints_load(name):
+    model = load_checkpoint(RELEASED.with_name(f"{name}.pt"))
+    assert type(model) is MODELS[name] and RELEASED.with_name(f"{name}.pt").stat().st_size < 20e6
     assert all(torch.isfinite(logit).all() for logit in model.infer(noise(20 * HOP_SIZE)))
 
 
