@@ -116,6 +116,11 @@ def augment(audio: Tensor, gain_db: float, equalise_db: float, room_probability:
     return audio * decibels(-uniform(0, gain_db, batch, 1, device=audio.device)) if gain_db else audio
 
 
+def mel_of(hertz: Tensor) -> Tensor:
+    """HTK's mel scale, that of the spectrogram's filters."""
+    return 2595 * torch.log10(1 + hertz / 700)
+
+
 def shifted_filters(semitones: Tensor) -> Tensor:
     """(B,) semitones -> (B, F, M) mel filters that hear each segment so much sharper, and not faster.
 
@@ -123,7 +128,7 @@ def shifted_filters(semitones: Tensor) -> Tensor:
     f * 2 ** (semitones / 12). Hawthorne et al. 2019 detune by up to 0.1 semitones, Transkun by 0.2; whole semitones are ours.
     """
     device = semitones.device
-    corners = torch.linspace(*(2595 * math.log10(1 + hertz / 700) for hertz in (F_MIN, F_MAX)), N_MELS + 2, device=device)
+    corners = torch.linspace(*mel_of(torch.tensor([F_MIN, F_MAX], dtype=torch.float64)).tolist(), N_MELS + 2, device=device)
     corners = 700 * (10 ** (corners / 2595) - 1)                                                        # (M + 2,) Hz
     heard = frequencies(N_FFT, device) * 2 ** (semitones[:, None] / 12)                                 # (B, F)
     slopes = (heard[..., None] - corners[:-1]) / corners.diff()                                         # (B, F, M + 1)

@@ -204,7 +204,7 @@ def write_results(path: Path, recordings: list[Recording], rows: list[dict[str, 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="Score a checkpoint on whole recordings; per-recording results go to JSON and CSV.",
                                      formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    parser.add_argument("checkpoint", type=Path, nargs="?", default=RELEASED, help="a model-*.pt of train.py; by default the released one")
+    parser.add_argument("checkpoint", type=Path, nargs="?", default=RELEASED, help=f"a model-*.pt of train.py; by default the released {RELEASED.name}")
     parser.add_argument("--data", nargs="+", help="data folders; by default those the checkpoint was trained on")
     parser.add_argument("--split", choices=SPLITS, default="test", help="which recordings")
     parser.add_argument("--reference", choices=("midi", "roll"), default="midi",

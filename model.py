@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 import constants
-from augment import shifted_filters
+from augment import mel_of, shifted_filters
 from constants import F_MAX, F_MIN, HOP_SIZE, MIN_MIDI, N_FFT, N_KEYS, N_MELS, SAMPLE_RATE
 from files import written_whole
 from int8 import Int8ConvStack
@@ -38,7 +38,7 @@ HARMONICS = (0.5, 1.0, 2.0, 3.0, 4.0, 5.0, 6.0, 7.0, 8.0, 10.0, 12.0, 15.0)
 PLACES = (-1 / 3, 0.0, 1 / 3)
 CONTEXT = 3         # frames that three 3 x 3 convolutions see to either side
 SIDE = (N_FFT - HOP_SIZE) // 2  # samples that a Fourier window reaches past its frame on either side
-RELEASED = Path(__file__).parent / "runs" / "released" / "harmonic.pt"  # the checkpoint that comes with the code
+RELEASED = Path(__file__).parent / "runs" / "released" / "harmonic.pt"  # which of those that come with the code is used
 LONG_FRAMES = 1024  # from which on recurrent layers infer piece by piece, half a minute
 CHUNK_FRAMES = 512  # frames convolved at a time in a long recording, 16 s: big enough to be fast, flat in memory
 
@@ -106,9 +106,9 @@ def parse_recipe(text: str) -> Recipe:
 class Sizes:
     """Every number a transcriber's constructor takes; the course's defaults."""
 
-    cnn_unit: int = 48   # channels of the first two convolutions; the third has twice as many. None of `harmonic`
-    fc_unit: int = 256   # features of a frame after the convolution stack; four for each channel of the convolutions of `harmonic`
-    lstm_unit: int = 88  # hidden units in each direction; half of them in `harmonic`, along each key
+    cnn_unit: int = 48   # channels of the first two convolutions; the third has twice as many. `harmonic` makes no use of it
+    fc_unit: int = 256   # features of a frame after the convolution stack; convolutions of `harmonic` have a quarter as many channels
+    lstm_unit: int = 88  # hidden units in each direction; `harmonic` has half as many, for each key
 
 
 class LogMelSpectrogram(nn.Module):
@@ -177,7 +177,9 @@ def is_long(features: Tensor) -> bool:
 
 def layer_in_pieces(features: Tensor, lstm: nn.LSTM, layer: int) -> Tensor:
     """(B, T, C) -> (B, T, 2H)."""
-    heard = features.new_empty(*features.shape[:2], 2 * lstm.hidden_size, dtype=autocast_dtype(features))
+    kind = features.device.type
+    dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else features.dtype  # of what the layer gives
+    heard = features.new_empty(*features.shape[:2], 2 * lstm.hidden_size, dtype=dtype)
     halves = heard.chunk(2, dim=2)
     read_in_pieces(lstm, layer, features.shape[1], lambda where: features[:, where],
                    lambda way, where, piece: halves[way][:, where].copy_(piece))
@@ -215,12 +217,6 @@ def read_in_pieces(lstm: nn.LSTM, layer: int, n_frames: int, read: Callable[[sli
             list(pool.map(run, range(2)))
     finally:
         torch.set_num_threads(threads)  # which is also that of threads to come
-
-
-def autocast_dtype(features: Tensor) -> torch.dtype:
-    """Of what a layer makes of these features."""
-    kind = features.device.type
-    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else features.dtype
 
 
 def recurrent_head(features: Tensor, lstm: nn.LSTM, output: nn.Linear, path: nn.Linear | None) -> Tensor:
@@ -387,13 +383,10 @@ class OnsetsAndFrames(Transcriber):
 
 def harmonic_filters() -> Tensor:
     """(M, K, C) weights that read a mel spectrogram at the harmonics of each key, C = HARMONICS x PLACES; between bands linearly."""
-    def band(hertz: Tensor) -> Tensor:  # where it lies among the centres of the filters, HTK's mel scale
-        low, high, mel = (2595 * torch.log10(1 + torch.as_tensor(f) / 700) for f in (F_MIN, F_MAX, hertz))
-        return (mel - low) / (high - low) * (N_MELS + 1) - 1
-
     keys = torch.arange(N_KEYS)[:, None, None] + torch.tensor(PLACES)                                # (K, 1, P) semitones above the lowest
     hertz = 440 * 2 ** ((keys + MIN_MIDI - 69) / 12) * torch.tensor(HARMONICS)[:, None]              # (K, H, P)
-    place = band(hertz).flatten(1)                                                                   # (K, C)
+    low, high = mel_of(torch.tensor([F_MIN, F_MAX]))
+    place = ((mel_of(hertz) - low) / (high - low) * (N_MELS + 1) - 1).flatten(1)                     # (K, C) among the filters' centres
     inside = (place > -0.5) & (place < N_MELS - 1)  # half a band below the first counts as that; elsewhere there is nothing, 0
     near = 1 - (place.clamp(min=0) - torch.arange(N_MELS)[:, None, None]).abs()                      # (M, K, C)
     return near.clamp(min=0) * inside

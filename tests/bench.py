@@ -1,7 +1,7 @@
 """How fast training, transcription and the rest are, beside a plain reference of the same model: `python tests/bench.py train`.
 
-The reference (`reference.py`) is Onsets and Frames as a course would write it. Ours is what `train.py` and `transcribe.py` run by
-default: a model with some layers more, and augmented audio. Each side has a process of its own and they take turns, so that
+The reference (`reference.py`) is Onsets and Frames as a course would write it. Ours is `onf` as `train.py` and `transcribe.py` run
+it: a model with some layers more, and augmented audio; `harmonic` is measured beside it. Each side has a process of its own and they take turns, so that
 whatever else the machine does falls on both; a first round is not counted. The table shows medians, and smallest and largest in
 brackets; the JSON file has every number. OMP_NUM_THREADS in the environment sets the threads of all. For Linux and macOS.
 """
