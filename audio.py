@@ -1,5 +1,6 @@
 """Sound: any audio file to mono at 16 kHz, and MIDI to sound through FluidSynth."""
 
+import io
 import re
 import shutil
 import subprocess
@@ -87,8 +88,7 @@ def load_audio(path: str | Path) -> np.ndarray:
         ValueError: it holds no audio, is broken or truncated, or holds NaN or infinity.
     """
     path = Path(path)
-    parts: list[np.ndarray] = []
-    resampler = None
+    sound, resampler = io.BytesIO(), None  # which grows in place: joined from pieces, a recording would be in memory twice
     try:
         for block, rate in read_blocks(path):
             mono = block.mean(axis=1)
@@ -97,14 +97,14 @@ def load_audio(path: str | Path) -> np.ndarray:
             if rate != SAMPLE_RATE:
                 resampler = resampler or soxr.ResampleStream(rate, SAMPLE_RATE, 1, dtype="float32")
                 mono = resampler.resample_chunk(mono)
-            parts.append(np.clip(mono, -1, 1))
+            sound.write(np.clip(mono, -1, 1))
         if resampler:
-            parts.append(np.clip(resampler.resample_chunk(np.zeros(0, np.float32), last=True), -1, 1))
+            sound.write(np.clip(resampler.resample_chunk(np.zeros(0, np.float32), last=True), -1, 1))
     except soundfile.LibsndfileError as error:
         raise ValueError(f"{path}: is broken ({error.error_string.strip()})") from error
     except OSError as error:
         raise OSError(f"{path}: cannot be read ({error.strerror or error})") from error
-    audio = np.concatenate(parts) if parts else np.zeros(0, np.float32)
+    audio = np.frombuffer(sound.getbuffer(), np.float32)
     if not len(audio):
         raise ValueError(f"{path}: holds no samples")
     return audio
