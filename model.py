@@ -106,9 +106,9 @@ def parse_recipe(text: str) -> Recipe:
 class Sizes:
     """Every number a transcriber's constructor takes; the course's defaults."""
 
-    cnn_unit: int = 48   # channels of the first two convolutions; the third has twice as many. `harmonic` makes no use of it
-    fc_unit: int = 256   # features of a frame after the convolution stack; convolutions of `harmonic` have a quarter as many channels
-    lstm_unit: int = 88  # hidden units in each direction; `harmonic` has half as many, for each key
+    cnn_unit: int = 48   # channels of the first two convolutions; the third has twice as many, and so have all of `harmonic`
+    fc_unit: int = 256   # features of a frame after the convolution stack; for `harmonic` see there
+    lstm_unit: int = 88  # hidden units in each direction; `harmonic` makes no use of it
 
 
 class LogMelSpectrogram(nn.Module):
@@ -424,8 +424,7 @@ class Harmonic(Transcriber):
 
     def __init__(self, sizes: Sizes, recipe: Recipe) -> None:
         super().__init__(sizes, recipe)
-        units, key_units, all_units = (math.ceil(sizes.fc_unit / share) for share in (4, 8, 16))
-        hidden = math.ceil(sizes.lstm_unit / 2)
+        units, (hidden, key_units, all_units) = 2 * sizes.cnn_unit, (math.ceil(sizes.fc_unit / share) for share in (4, 8, 16))
         self.register_buffer("harmonics", harmonic_filters(), persistent=False)
         self.stack = HarmonicStack(self.harmonics.shape[2], units)
         self.key_fc, self.all_fc = nn.Linear(units, key_units), nn.Linear(units, all_units)

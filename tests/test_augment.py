@@ -80,9 +80,17 @@ def test_the_seed_draws_it_and_each_segment_differs(part):
 
 
 @pytest.mark.parametrize("place", [0, 1, 5000, 2 * SECOND - 1])
-def test_a_click_stays_in_its_sample(place):
-    made = augmented(click(2 * SECOND, place, batch=20), equalise_db=6, room_probability=1)
+def test_without_a_room_a_click_stays_in_its_sample(place):
+    made = augmented(click(2 * SECOND, place, batch=20), equalise_db=6, noise_probability=1)
     assert made.abs().argmax(dim=1).tolist() == [place] * 20
+
+
+@pytest.mark.parametrize("place", [0, 1, 5000, 2 * SECOND - 300])
+@pytest.mark.parametrize("direct_db, samples", [(-10, 148), (0, 47), (5, 26)])  # 3.2, 1 and 0.56 m
+def test_in_a_room_a_click_is_as_late_as_its_way_is_long(monkeypatch, place, direct_db, samples):
+    monkeypatch.setattr(augment_module, "DIRECT_DB", (direct_db, direct_db))
+    made = augmented(click(2 * SECOND, place, batch=20), equalise_db=6, room_probability=1)
+    assert made.abs().argmax(dim=1).tolist() == [place + samples] * 20
 
 
 @pytest.mark.parametrize("part", ["room_probability", "noise_probability"])
@@ -135,24 +143,27 @@ def test_the_response_spreads_over_its_range_and_has_no_steps():
 
 # --- room ---
 
+WAY = 47  # samples that sound takes for CRITICAL_DISTANCE
+
+
 @pytest.fixture
 def one_room(monkeypatch):
-    """Every room the same: 0.5 s at all frequencies, as loud as the direct sound."""
+    """Every room the same: 0.5 s at all frequencies, as loud as the direct sound, which is WAY samples late."""
     for name, both in (("REVERB_SECONDS", 0.5), ("DAMPING", 1.0), ("DIRECT_DB", 0.0)):
         monkeypatch.setattr(augment_module, name, (both, both))
 
 
 def test_reverberation_falls_by_sixty_decibels_in_its_time(one_room):
     heard = augmented(click(2 * SECOND, 0, batch=50), room_probability=1)
-    level = decibels_of(heard.square().reshape(50, -1, 800).mean(dim=(0, 2)))  # in steps of 50 ms
+    level = decibels_of(heard[:, WAY : WAY - 800].square().reshape(50, -1, 800).mean(dim=(0, 2)))  # in steps of 50 ms
     assert np.diff(level[1:9]) == pytest.approx(np.full(7, -6), abs=1)
     assert level[1] - level[9] == pytest.approx(48, abs=1.5)
 
 
 def test_direct_sound_and_reverberation_have_the_drawn_ratio(one_room):
     heard = augmented(click(2 * SECOND, 0, batch=50), room_probability=1)
-    direct, tail = heard[:, 0].square(), heard[:, 1:].square().sum(dim=1)
-    assert (heard[:, 0] > 0.65).all()  # sqrt(1 / 2), and what the crossover smears into it
+    direct, tail = heard[:, WAY].square(), heard[:, WAY + 1 :].square().sum(dim=1)
+    assert (heard[:, WAY] > 0.65).all()  # sqrt(1 / 2), and what the crossover smears into it
     assert decibels_of(direct / tail) == pytest.approx(np.zeros(50), abs=0.7)
     torch.testing.assert_close(direct + tail, torch.ones(50), atol=0.15, rtol=0)
 

@@ -214,11 +214,11 @@ def test_other_models_have_independent_heads(name):
 
 @pytest.mark.parametrize("recipe", RECIPES)
 def test_parameters_of_the_harmonic_model(recipe):
-    """Five convolutions of 64 channels with biases and batch norms, two linear layers, one LSTM of 44 units, and two outputs a key."""
-    convolutions = sum(taps * inputs * 64 + 3 * 64 for taps, inputs in ((9, 36), (9, 64), (5, 64), (9, 64), (3, 64)))
-    linear = 64 * 32 + 32 + 64 * 16 + 16
-    lstm = 2 * (4 * 44 * (48 + 44) + 8 * 44)
-    outputs = 88 * 2 + 2 * 88
+    """Five convolutions of 96 channels with biases and batch norms, two linear layers, one LSTM of 64 units, and two outputs a key."""
+    convolutions = sum(taps * inputs * 96 + 3 * 96 for taps, inputs in ((9, 36), (9, 96), (5, 96), (9, 96), (3, 96)))
+    linear = 96 * 32 + 32 + 96 * 16 + 16
+    lstm = 2 * (4 * 64 * (48 + 64) + 8 * 64)
+    outputs = 128 * 2 + 2 * 88
     path = 2 * 32 * RECIPES[recipe].residual
     assert n_parameters(build_model("harmonic", recipe=RECIPES[recipe])) == convolutions + linear + lstm + outputs + path
 

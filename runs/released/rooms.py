@@ -2,7 +2,7 @@
 
 Each recording is heard in a shoebox room of its own, by a microphone some metres from the piano, with a little noise. The rooms are those of
 the image source method (Allen & Berkley, JASA 1979; Scheibler et al., ICASSP 2018), with a direct sound and single early reflections, so
-they are unlike the ones that `augment.py` draws in training. Nothing moves in time: the direct sound comes when the note is struck.
+they are unlike the ones that `augment.py` draws in training. As in a real recording, the sound comes as late as its way is long.
 """
 
 import argparse
@@ -28,11 +28,10 @@ SNR_DB = (25, 40)         # of added pink noise
 PEAK = 0.3                # of the recording
 ORDER = 25                # reflections that a sound has behind it at most
 FILTER = 40               # samples by which pyroomacoustics delays everything
-BEFORE = 8                # of its samples that belong to the direct sound already
 
 
 def impulse_response(random: np.random.Generator) -> np.ndarray:
-    """(S,) of a room, a piano near one wall and a microphone 2 m or more from it; the direct sound is at the beginning."""
+    """(S,) of a room, a piano near one wall and a microphone 2 m or more from it."""
     import pyroomacoustics
     sides = np.array([random.uniform(*bounds) for bounds in SIDES])
     seconds = random.uniform(*RT60)
@@ -50,8 +49,7 @@ def impulse_response(random: np.random.Generator) -> np.ndarray:
     room.add_source(piano)
     room.add_microphone(microphone)
     room.compute_rir()
-    direct = round(np.linalg.norm(microphone - piano) / pyroomacoustics.constants.get("c") * SAMPLE_RATE) + FILTER
-    return room.rir[0][0][max(0, direct - BEFORE) :]
+    return room.rir[0][0][FILTER:]
 
 
 def in_room(audio: np.ndarray, random: np.random.Generator) -> np.ndarray:
