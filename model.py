@@ -11,8 +11,6 @@ import io
 import math
 import platform
 import threading
-from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,7 +25,7 @@ from augment import mel_of, shifted_filters
 from constants import F_MAX, F_MIN, HOP_SIZE, MIN_MIDI, N_FFT, N_KEYS, N_MELS, SAMPLE_RATE
 from files import written_whole
 from int8 import Int8ConvStack
-from layers import BatchNorm, Dropout, PoolRectifyDrop
+from layers import BatchNorm, Dropout, PoolRectifyDrop, in_context, is_long, read_in_pieces
 from notes import ONSET_PLACES
 
 # Base rates per frame and key (of onsets, as many as there are strikes), from MAESTRO v2: 7.13 M notes in 201.2 h; keys sound in about 3 % of all places.
@@ -39,7 +37,6 @@ PLACES = (-1 / 3, 0.0, 1 / 3)
 CONTEXT = 3         # frames that three 3 x 3 convolutions see to either side
 SIDE = (N_FFT - HOP_SIZE) // 2  # samples that a Fourier window reaches past its frame on either side
 RELEASED = Path(__file__).parent / "runs" / "released" / "harmonic.pt"  # which of those that come with the code is used
-LONG_FRAMES = 1024  # from which on recurrent layers infer piece by piece, half a minute
 CHUNK_FRAMES = 512  # frames convolved at a time in a long recording, 16 s: big enough to be fast, flat in memory
 
 
@@ -157,66 +154,6 @@ class ConvStack(nn.Module):
 def bi_lstm(inputs: int, units: int) -> nn.LSTM:
     """Two layers, both directions: (B, T, inputs) -> (B, T, 2 * units)."""
     return nn.LSTM(inputs, units, num_layers=2, batch_first=True, bidirectional=True)
-
-
-def in_context(features: Tensor, lstm: nn.LSTM) -> Tensor:
-    """(B, T, C) -> (B, T, 2H). On CUDA in float32, for autocast would make float16 of it there, too coarse for the gradients."""
-    with torch.autocast("cuda", enabled=False):
-        features = features.float() if features.is_cuda else features
-        if not is_long(features):
-            return lstm(features)[0]
-        for layer in range(lstm.num_layers):
-            features = layer_in_pieces(features, lstm, layer)
-        return features
-
-
-def is_long(features: Tensor) -> bool:
-    """Whether recurrent layers shall read (B, T, C) in pieces; only in inference mode, for gradients need the whole."""
-    return torch.is_inference_mode_enabled() and features.shape[1] > LONG_FRAMES
-
-
-def layer_in_pieces(features: Tensor, lstm: nn.LSTM, layer: int) -> Tensor:
-    """(B, T, C) -> (B, T, 2H)."""
-    kind = features.device.type
-    dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else features.dtype  # of what the layer gives
-    heard = features.new_empty(*features.shape[:2], 2 * lstm.hidden_size, dtype=dtype)
-    halves = heard.chunk(2, dim=2)
-    read_in_pieces(lstm, layer, features.shape[1], lambda where: features[:, where],
-                   lambda way, where, piece: halves[way][:, where].copy_(piece))
-    return heard
-
-
-def read_in_pieces(lstm: nn.LSTM, layer: int, n_frames: int, read: Callable[[slice], Tensor],
-                   keep: Callable[[int, slice, Tensor], Any]) -> None:
-    """One layer of an LSTM in inference, LONG_FRAMES at a time, each piece beginning with the state in which the one before it
-    ended: in one, 20 minutes of `onf` take 0.3 GB more. On a CPU the two directions run side by side, because two cores make
-    one direction hardly faster.
-
-    Args:
-        read: gives the features (B, t, C) of a slice of the frames.
-        keep: is given the direction (0, or 1 for backwards), the slice, and what was heard in it, (B, t, H).
-    """
-    kind, threads = lstm.weight_hh_l0.device.type, torch.get_num_threads()
-    dtype, enabled = torch.get_autocast_dtype(kind), torch.is_autocast_enabled(kind)  # which a new thread does not know of
-    starts = range(0, n_frames, LONG_FRAMES)
-
-    def run(way: int) -> None:
-        weights = [getattr(lstm, f"{name}_l{layer}{('', '_reverse')[way]}") for name in ("weight_ih", "weight_hh", "bias_ih", "bias_hh")]
-        state = None
-        with torch.inference_mode(), torch.autocast(kind, dtype, enabled):
-            for start in reversed(starts) if way else starts:
-                where = slice(start, min(start + LONG_FRAMES, n_frames))
-                piece = read(where)
-                state = state or (piece.new_zeros(1, len(piece), lstm.hidden_size),) * 2
-                piece, *state = torch.lstm(piece.flip(1) if way else piece, state, weights, True, 1, 0.0, False, False, True)
-                keep(way, where, piece.flip(1) if way else piece)
-
-    side_by_side = 2 if kind == "cpu" and threads > 1 else 1
-    try:
-        with ThreadPoolExecutor(side_by_side, initializer=torch.set_num_threads, initargs=(threads // side_by_side,)) as pool:
-            list(pool.map(run, range(2)))
-    finally:
-        torch.set_num_threads(threads)  # which is also that of threads to come
 
 
 def recurrent_head(features: Tensor, lstm: nn.LSTM, output: nn.Linear, path: nn.Linear | None) -> Tensor:

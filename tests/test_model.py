@@ -16,6 +16,7 @@ import torch
 from torch import nn
 
 import constants
+import layers
 import model as model_module
 from constants import HOP_SIZE, N_KEYS, N_MELS
 from layers import BatchNorm, Dropout, PoolRectifyDrop
@@ -440,27 +441,28 @@ def test_default_chunks_meet_without_a_seam(float32):
         assert (a - b).abs().max() < 1e-3
 
 
-@pytest.mark.parametrize("name, layers", [("rnn", 4), ("onf", 4), ("harmonic", 1)])
+@pytest.mark.parametrize("name, n_layers", [("rnn", 4), ("onf", 4), ("harmonic", 1)])
 @pytest.mark.parametrize("n_frames", [9, 16, 17])
-def test_recurrent_layers_infer_piece_by_piece(name, layers, n_frames, float32, monkeypatch):
+def test_recurrent_layers_infer_piece_by_piece(name, n_layers, n_frames, float32, monkeypatch):
     model, audio = lively(name), noise(n_frames * HOP_SIZE)
     whole = model.infer(audio)
-    read, calls = model_module.read_in_pieces, []
-    monkeypatch.setattr(model_module, "read_in_pieces", lambda *args: calls.append(args) or read(*args))
+    read, calls = layers.read_in_pieces, []
+    for module in (layers, model_module):
+        monkeypatch.setattr(module, "read_in_pieces", lambda *args: calls.append(args) or read(*args))
     model.infer(audio)
     assert not calls
-    monkeypatch.setattr(model_module, "LONG_FRAMES", 8)
+    monkeypatch.setattr(layers, "LONG_FRAMES", 8)
     pieces = model.infer(audio)
     for a, b in zip(whole, pieces):
         assert a.std() > 0 and (a - b).abs().max() < 1e-5
-    assert len(calls) == layers
+    assert len(calls) == n_layers
 
 
 @pytest.mark.parametrize("name", ["onf", "harmonic"])
 def test_pieces_are_as_exact_as_the_whole_under_autocast(name, monkeypatch):
     model, audio = lively(name), noise(17 * HOP_SIZE)
     whole = model.infer(audio)
-    monkeypatch.setattr(model_module, "LONG_FRAMES", 8)
+    monkeypatch.setattr(layers, "LONG_FRAMES", 8)
     for a, b in zip(whole, model.infer(audio)):
         assert (a - b).abs().max() < 0.07 < a.std()
 
@@ -469,7 +471,7 @@ def test_pieces_are_as_exact_as_the_whole_under_autocast(name, monkeypatch):
 @pytest.mark.parametrize("threads", [1, 2])
 def test_inference_leaves_the_number_of_threads(threads, fails, float32, monkeypatch):
     """That of threads which start later, too, whose number is whichever was set last."""
-    monkeypatch.setattr(model_module, "LONG_FRAMES", 8)
+    monkeypatch.setattr(layers, "LONG_FRAMES", 8)
     before, numbers = torch.get_num_threads(), []
     try:
         torch.set_num_threads(threads)
@@ -487,7 +489,7 @@ def test_inference_leaves_the_number_of_threads(threads, fails, float32, monkeyp
 
 
 def test_long_audio_outside_inference_has_gradients(float32, monkeypatch):
-    monkeypatch.setattr(model_module, "LONG_FRAMES", 8)
+    monkeypatch.setattr(layers, "LONG_FRAMES", 8)
     model = lively("onf")
     sum(logit.sum() for logit in model(noise(17 * HOP_SIZE)[None])).backward()
     assert model.combined_lstm.weight_hh_l0_reverse.grad.abs().max() > 0
