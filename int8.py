@@ -1,11 +1,11 @@
-"""The convolution stack in 8-bit integers: for inference on CPUs. The convolutions take little more than half of
+"""The convolution stacks in 8-bit integers: for inference on CPUs. The convolutions take little more than half of
 bfloat16's time, and the scores stay.
 
 Weights are whole multiples of a step, one for each output channel, and so are features, one for each of theirs; products and
 sums are those of whole numbers (Jacob et al., CVPR 2018). How large features get is not measured on music but known from batch norm,
 which gives each channel's mean and standard deviation (Nagel et al., ICCV 2019).
 
-Shapes: B batch, T frames, M mel bands, C channels.
+Shapes: B batch, T frames, M mel bands, C channels, K keys.
 """
 
 import torch
@@ -16,7 +16,40 @@ from layers import pairs
 
 RANGE = 24.0   # standard deviations over its mean up to which a feature is told: those of onsets are rare and far from the rest
 LARGEST = 255  # of an unsigned byte
+HALF = 127     # of features that are added, whose sum is a byte too
 SMALLEST_STEP = 1e-5  # of a channel that batch norm keeps below zero
+
+
+def steps_of(*norms: nn.Module) -> Tensor:
+    """(C,) steps in which bytes tell the rectified features that batch norms give; where they are added, of the larger ones."""
+    return torch.stack([norm.bias + RANGE * norm.weight.abs() for norm in norms]).amax(dim=0).div(LARGEST).detach().clamp(min=SMALLEST_STEP)
+
+
+def told_in(step: Tensor, conv: nn.Conv2d, norm: nn.Module) -> nn.Conv2d:
+    """A convolution with its batch norm whose features come out in steps."""
+    conv = fuse_conv_bn_eval(conv, norm).requires_grad_(False)
+    conv.weight /= step[:, None, None, None]
+    conv.bias /= step
+    return conv
+
+
+class Int8Conv:
+    """A convolution of unsigned bytes, whose steps are `read`, to rectified ones: (B, C, T, K) -> (B, C', T, K)."""
+
+    def __init__(self, conv: nn.Conv2d, read: Tensor) -> None:
+        weight, self.scale = in_steps(conv.weight * read[:, None, None])
+        self.how = [1, 1], list(conv.padding), list(conv.dilation), 1
+        self.packed = torch.ops.onednn.qconv_prepack(weight, self.scale, 1.0, 0, *self.how, None)
+        self.bias = conv.bias
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return torch.ops.onednn.qconv2d_pointwise(x, 1.0, 0, self.packed, self.scale, None, self.bias, *self.how, 1.0, 0,
+                                                  torch.uint8, "relu", [], "")
+
+
+def in_bytes(x: Tensor) -> Tensor:
+    """Features in steps, rectified and rounded."""
+    return x.clamp_(0, LARGEST).add_(0.5).to(torch.uint8)
 
 
 class Int8ConvStack(nn.Module):
@@ -24,38 +57,44 @@ class Int8ConvStack(nn.Module):
 
     def __init__(self, stack: nn.Module) -> None:
         super().__init__()
-        self.convolutions = []  # (packed weights, their steps, bias) each
-        read = None             # the steps of the features that a layer reads
-        for number in (0, 3, 8):
-            norm = stack.cnn[number + 1]
-            conv = fuse_conv_bn_eval(stack.cnn[number], norm).requires_grad_(False)
-            step = ((norm.bias + RANGE * norm.weight.abs()) / LARGEST).detach().clamp(min=SMALLEST_STEP)
-            conv.weight /= step[:, None, None, None]    # so that features come out in steps
-            conv.bias /= step
-            if read is None:
-                self.first = conv
-            else:
-                weight, scale = in_steps(conv.weight * read[:, None, None])
-                packed = torch.ops.onednn.qconv_prepack(weight, scale, 1.0, 0, [1, 1], [1, 1], [1, 1], 1, None)
-                self.convolutions.append((packed, scale, conv.bias))
-            read = step
+        steps = [steps_of(stack.cnn[number + 1]) for number in (0, 3, 8)]
+        self.first, *others = (told_in(step, *stack.cnn[number : number + 2]) for step, number in zip(steps, (0, 3, 8)))
+        self.convolutions = [Int8Conv(conv, read) for conv, read in zip(others, steps)]
         linear = stack.fc[0]
         # the weights know features in the order (C, M // 4), and they come as (M // 4, C)
-        weight, self.scale = in_steps((linear.weight.detach().unflatten(1, (len(read), -1)) * read[:, None]).transpose(1, 2).flatten(1))
+        weight, self.scale = in_steps((linear.weight.detach().unflatten(1, (len(steps[-1]), -1)) * steps[-1][:, None]).transpose(1, 2).flatten(1))
         self.linear, self.bias = torch.ops.onednn.qlinear_prepack(weight, None), linear.bias.detach()
 
     def forward(self, mel: Tensor) -> Tensor:
         """(B, T, M) -> (B, T, fc_unit) bfloat16."""
         with torch.autocast("cpu", enabled=False):
-            x = self.first(mel.float().unsqueeze(1))                          # (B, 1, T, M) -> (B, C, T, M)
-        x = x.clamp_(0, LARGEST).add_(0.5).to(torch.uint8)                    # rectified and rounded
-        for packed, scale, bias in self.convolutions:
-            x = torch.ops.onednn.qconv2d_pointwise(x, 1.0, 0, packed, scale, None, bias, [1, 1], [1, 1], [1, 1], 1, 1.0, 0,
-                                                   torch.uint8, "relu", [], "")
-            x = torch.maximum(*pairs(x))                                      # (B, C, T, M) -> (B, C, T, M // 2)
+            x = in_bytes(self.first(mel.float().unsqueeze(1)))                # (B, 1, T, M) -> (B, C, T, M)
+        for conv in self.convolutions:
+            x = torch.maximum(*pairs(conv(x)))                                # (B, C, T, M) -> (B, C, T, M // 2)
         x = x.permute(0, 2, 3, 1).flatten(2)                                  # -> (B, T, M // 4 * C)
         return torch.ops.onednn.qlinear_pointwise(x, 1.0, 0, self.linear, self.scale, None, self.bias, 1.0, 0, torch.bfloat16,
                                                   "none", [], "")
+
+
+class Int8HarmonicStack(nn.Module):
+    """What a HarmonicStack of `model.py` computes in eval mode, its first layer in bfloat16. Features that are added have common steps."""
+
+    def __init__(self, stack: nn.Module) -> None:
+        super().__init__()
+        (first, one, _, second, two, *_), (octaves, three, _) = stack.near, stack.octaves
+        (later, four, *_), (last, five, _) = stack.later, stack.last
+        begin, near, self.step = steps_of(one), steps_of(two, three), steps_of(four, five)
+        self.first = told_in(begin, first, one).to(torch.bfloat16)
+        self.second = Int8Conv(told_in(near, second, two), begin)
+        self.octaves = Int8Conv(told_in(near, octaves, three), near)
+        self.later = Int8Conv(told_in(self.step, later, four), near)
+        self.last = Int8Conv(told_in(self.step, last, five), self.step)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, C, T, K) -> (B, units, T, K) bfloat16."""
+        x = self.second(in_bytes(self.first(x.bfloat16()))).clamp_(max=HALF)
+        x = self.later(self.octaves(x).clamp_(max=HALF).add_(x)).clamp_(max=HALF)
+        return self.last(x).clamp_(max=HALF).add_(x) * self.step.bfloat16()[:, None, None]
 
 
 def in_steps(weight: Tensor) -> tuple[Tensor, Tensor]:

@@ -24,7 +24,7 @@ import constants
 from augment import mel_of, shifted_filters
 from constants import F_MAX, F_MIN, HOP_SIZE, MIN_MIDI, N_FFT, N_KEYS, N_MELS, SAMPLE_RATE
 from files import written_whole
-from int8 import Int8ConvStack
+from int8 import Int8ConvStack, Int8HarmonicStack
 from layers import BatchNorm, Dropout, PoolRectifyDrop, in_context, is_long, read_in_pieces
 from notes import ONSET_PLACES
 
@@ -424,7 +424,7 @@ def build_model(name: str, sizes: Sizes = Sizes(), recipe: Recipe = Recipe()) ->
 
 def for_inference(model: Transcriber) -> Transcriber:
     """A copy that only infers, and faster: batch norm is folded into the convolution before it, and where autocast multiplies in
-    bfloat16 ConvStacks compute in 8-bit integers on a CPU, and all others have their weights rounded once and not at every use."""
+    bfloat16, convolution stacks compute in 8-bit integers on a CPU, and elsewhere have their weights rounded once, not at every use."""
     model = copy.deepcopy(model).eval()
     kind = next(model.parameters()).device.type
     rounded = torch.is_autocast_enabled(kind)
@@ -432,8 +432,8 @@ def for_inference(model: Transcriber) -> Transcriber:
         for name, layer in parent.named_children():
             if isinstance(layer, nn.LSTM):
                 layer.flatten_parameters()  # on CUDA a copy's are scattered
-            elif isinstance(layer, ConvStack) and rounded and kind == "cpu":  # one that multiplies bfloat16 multiplies bytes twice as fast
-                setattr(parent, name, Int8ConvStack(layer))
+            elif isinstance(layer, (ConvStack, HarmonicStack)) and rounded and kind == "cpu":  # which multiplies bytes twice as fast
+                setattr(parent, name, Int8ConvStack(layer) if isinstance(layer, ConvStack) else Int8HarmonicStack(layer))
             elif isinstance(layer, (ConvStack, HarmonicStack)):
                 for part in layer.children():
                     for i, norm in enumerate(part):

@@ -1,12 +1,12 @@
-"""The convolution stack in 8-bit integers beside the one in floats."""
+"""The convolution stacks in 8-bit integers beside those in floats."""
 
 import pytest
 import torch
 from torch import nn
 
-from int8 import Int8ConvStack, in_steps
+from int8 import Int8ConvStack, Int8HarmonicStack, in_steps
 from layers import BatchNorm
-from model import ConvStack, autocast, build_model
+from model import ConvStack, HarmonicStack, autocast, build_model
 
 needs_bytes = pytest.mark.skipif(not autocast(torch.device("cpu"))._enabled, reason="such a CPU infers in float32")
 BANDS = 23  # odd, and so are its halves
@@ -68,10 +68,44 @@ def test_weights_in_steps():
     assert ((whole * step[:, None] - weight).abs() <= 0.51 * step[:, None]).all()
 
 
+@pytest.fixture
+def harmonic_stack() -> HarmonicStack:
+    """The same, of the model `harmonic`."""
+    torch.manual_seed(0)
+    made = HarmonicStack(12, 32)
+    for layer in made.modules():
+        if isinstance(layer, BatchNorm):
+            nn.init.uniform_(layer.weight, 0.2, 2)
+            nn.init.normal_(layer.bias)
+    for _ in range(50):
+        made(torch.randn(4, 12, 10, 88))
+    return made.eval()
+
+
 @needs_bytes
-def test_transcribers_infer_with_it_where_bfloat16_is_fast(monkeypatch):
+@pytest.mark.parametrize("n_frames", [1, 2, 50])
+@pytest.mark.parametrize("silenced", [False, True])
+@pytest.mark.parametrize("level", [1, 3])
+def test_the_harmonic_stack_computes_what_the_float_stack_computes(harmonic_stack, n_frames, silenced, level):
+    if silenced:
+        for layer in harmonic_stack.modules():
+            if isinstance(layer, BatchNorm):
+                layer.bias.data[0] = -1e3
+                layer.weight.data[1], layer.bias.data[1] = 0, 0
+    x = level * torch.randn(2, 12, n_frames, 88)
+    with torch.inference_mode():
+        exact, rough = harmonic_stack(x), Int8HarmonicStack(harmonic_stack)(x)
+    assert rough.shape == exact.shape and rough.dtype == torch.bfloat16
+    assert float((rough - exact).norm() / exact.norm()) < 0.05
+
+
+@needs_bytes
+@pytest.mark.parametrize("name, stacks", [("onf", 2), ("harmonic", 1)])
+def test_transcribers_infer_with_it_where_bfloat16_is_fast(monkeypatch, name, stacks):
     used = []
-    monkeypatch.setattr("model.Int8ConvStack", lambda stack: used.append(stack) or Int8ConvStack(stack))
-    model = build_model("onf").eval()
+    for kind in (Int8ConvStack, Int8HarmonicStack):
+        monkeypatch.setattr(f"model.{kind.__name__}", lambda stack, kind=kind: used.append(stack) or kind(stack))
+    model = build_model(name).eval()
     model.infer(torch.zeros(5120))
-    assert len(used) == 2 and type(model.frame_conv_stack) is ConvStack
+    assert len(used) == stacks
+    assert not any(isinstance(part, (Int8ConvStack, Int8HarmonicStack)) for part in model.modules())
