@@ -22,7 +22,7 @@ REVERB_SECONDS = (0.2, 1.5)   # until it has fallen by 60 dB (RT60); from a furn
 DAMPING = (0.3, 0.8)      # RT60 of the high frequencies by that of the low ones: air and soft walls swallow these first
 CROSSOVER = 2000.0        # Hz, between the two
 DIRECT_DB = (-15.0, 5.0)  # energy of the direct sound over that of the reverberation; from across the room to a microphone beside the piano
-CRITICAL_DISTANCE = 1.0   # metres, where direct sound and reverberation are equally loud; of rooms at home, less than in a hall (Kuttruff 2009)
+CRITICAL_DISTANCE = 1.0   # metres, where direct sound and reverberation are equally loud; it is more in a hall (Kuttruff, Room Acoustics)
 SPEED_OF_SOUND = 343.0    # metres per second
 LONGEST_WAY = math.ceil(10 ** (-DIRECT_DB[0] / 20) * CRITICAL_DISTANCE / SPEED_OF_SOUND * SAMPLE_RATE)  # samples
 SNR_DB = (20.0, 50.0)     # of added noise
@@ -63,8 +63,9 @@ def equaliser(batch: int, n: int, most_db: float, device: torch.device) -> Tenso
 def room(batch: int, n: int, probability: float, device: torch.device) -> Tensor:
     """(B, F) complex transfer functions of rooms; with 1 - probability it is 1, no room at all.
 
-    The direct sound, as late as its way is long, which its level tells, and after it a diffuse tail: Gaussian noise that decays exponentially (Moorer, Computer Music
-    Journal 1979; Polack 1988), faster at high frequencies. What comes out is on average as loud as what goes in.
+    The direct sound, as late as its way is long, which its level tells: twice as far, it is half as loud. After it a diffuse tail:
+    Gaussian noise that decays exponentially (Moorer, Computer Music Journal 1979; Polack 1988), faster at high frequencies. What
+    comes out is on average as loud as what goes in.
     """
     longest = torch.exp(uniform(*map(math.log, REVERB_SECONDS), batch, device=device))
     seconds = torch.stack([longest, longest * uniform(*DAMPING, batch, device=device)], dim=1)[..., None]        # (B, 2, 1)
@@ -75,7 +76,7 @@ def room(batch: int, n: int, probability: float, device: torch.device) -> Tensor
     tail = low * share.sqrt() + high * (1 - share).sqrt()
     tail = tail / tail.abs().square().mean(dim=1, keepdim=True).sqrt()                                           # of energy 1
     amount = decibels(-uniform(*DIRECT_DB, batch, 1, device=device)) * (torch.rand(batch, 1, device=device) < probability)
-    travel = (amount * CRITICAL_DISTANCE / SPEED_OF_SOUND * SAMPLE_RATE).round()  # (B, 1) samples: at twice the distance it is half as loud
+    travel = (amount * CRITICAL_DISTANCE / SPEED_OF_SOUND * SAMPLE_RATE).round()  # (B, 1) samples
     delay = torch.exp(-2j * math.pi / SAMPLE_RATE * travel * frequencies(n, device))
     return (1 + amount * tail) / (1 + amount.square()).sqrt() * delay
 
