@@ -81,14 +81,12 @@ class Int8HarmonicStack(nn.Module):
 
     def __init__(self, stack: nn.Module) -> None:
         super().__init__()
-        (first, one, _, second, two, *_), (octaves, three, _) = stack.near, stack.octaves
-        (later, four, *_), (last, five, _) = stack.later, stack.last
-        begin, near, self.step = steps_of(one), steps_of(two, three), steps_of(four, five)
-        self.first = told_in(begin, first, one).to(torch.bfloat16)
-        self.second = Int8Conv(told_in(near, second, two), begin)
-        self.octaves = Int8Conv(told_in(near, octaves, three), near)
-        self.later = Int8Conv(told_in(self.step, later, four), near)
-        self.last = Int8Conv(told_in(self.step, last, five), self.step)
+        first, second, octaves, later, last = (
+            part[i : i + 2] for part in stack.children() for i, layer in enumerate(part) if isinstance(layer, nn.Conv2d))  # with its norm
+        begin, near, self.step = steps_of(first[1]), steps_of(second[1], octaves[1]), steps_of(later[1], last[1])
+        self.first = told_in(begin, *first).to(torch.bfloat16)
+        self.second, self.octaves = Int8Conv(told_in(near, *second), begin), Int8Conv(told_in(near, *octaves), near)
+        self.later, self.last = Int8Conv(told_in(self.step, *later), near), Int8Conv(told_in(self.step, *last), self.step)
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, C, T, K) -> (B, units, T, K) bfloat16."""

@@ -104,7 +104,7 @@ class Sizes:
     """Every number a transcriber's constructor takes; the course's defaults."""
 
     cnn_unit: int = 48   # channels of the first two convolutions; the third has twice as many, and so have all of `harmonic`
-    fc_unit: int = 256   # features of a frame after the convolution stack; for `harmonic` see there
+    fc_unit: int = 256   # features of a frame after the convolution stack; `harmonic` has a quarter as many hidden units, and an eighth as many features of each key
     lstm_unit: int = 88  # hidden units in each direction; `harmonic` makes no use of it
 
 

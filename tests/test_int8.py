@@ -12,18 +12,27 @@ needs_bytes = pytest.mark.skipif(not autocast(torch.device("cpu"))._enabled, rea
 BANDS = 23  # odd, and so are its halves
 
 
-@pytest.fixture
-def stack() -> ConvStack:
-    """One whose batch norm has heard what it is asked about, as after training."""
-    torch.manual_seed(0)
-    made = ConvStack(BANDS, 8, 32)
+def trained(made: nn.Module, *shape: int) -> nn.Module:
+    """A stack whose batch norm has heard what it is asked about, as after training."""
     for layer in made.modules():
         if isinstance(layer, BatchNorm):
             nn.init.uniform_(layer.weight, 0.2, 2)
             nn.init.normal_(layer.bias)
     for _ in range(50):
-        made(torch.randn(4, 40, BANDS))
+        made(torch.randn(shape))
     return made.eval()
+
+
+@pytest.fixture
+def stack() -> ConvStack:
+    torch.manual_seed(0)
+    return trained(ConvStack(BANDS, 8, 32), 4, 40, BANDS)
+
+
+@pytest.fixture
+def harmonic_stack() -> HarmonicStack:
+    torch.manual_seed(0)
+    return trained(HarmonicStack(12, 32), 4, 12, 10, 88)
 
 
 def relative_error(stack: ConvStack, mel: torch.Tensor) -> float:
@@ -66,20 +75,6 @@ def test_weights_in_steps():
     whole, step = in_steps(weight)
     assert whole.tolist() == [[127, -64, 0], [0, 0, 0], [127, 64, -127]] and whole.dtype == torch.int8
     assert ((whole * step[:, None] - weight).abs() <= 0.51 * step[:, None]).all()
-
-
-@pytest.fixture
-def harmonic_stack() -> HarmonicStack:
-    """The same, of the model `harmonic`."""
-    torch.manual_seed(0)
-    made = HarmonicStack(12, 32)
-    for layer in made.modules():
-        if isinstance(layer, BatchNorm):
-            nn.init.uniform_(layer.weight, 0.2, 2)
-            nn.init.normal_(layer.bias)
-    for _ in range(50):
-        made(torch.randn(4, 12, 10, 88))
-    return made.eval()
 
 
 @needs_bytes

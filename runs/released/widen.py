@@ -14,7 +14,7 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from model import Recipe, build_model, read_checkpoint, write_state  # noqa: E402  # after the path
+from model import Sizes, build_model, model_of, read_checkpoint, write_state  # noqa: E402  # after the path
 
 BLOCKS = {"lstm": (4, 1), "fc": (1, 2)}  # rows of an LSTM's weights belong to its four gates, columns of the next layer's to its directions
 
@@ -47,12 +47,13 @@ def main(argv: list[str] | None = None) -> int:
         if state["model"] != "harmonic":
             raise ValueError(f"{args.narrow}: holds a {state['model']!r} model, not a 'harmonic' one")
         torch.manual_seed(0)
-        model = build_model("harmonic", recipe=Recipe(**state["recipe"]))
-        own = model.state_dict()
-        model.load_state_dict({name: widened(name, value, own[name]) for name, value in state["weights"].items()})
-        kept = {name: value for name, value in state.items() if name not in ("optimizer", "scheduler")}
-        write_state(args.wide, {**kept, "sizes": dataclasses.asdict(model.sizes), "weights": model.state_dict()})
-    except (OSError, ValueError, KeyError, IndexError, RuntimeError) as error:
+        own = build_model("harmonic").state_dict()
+        weights = {name: widened(name, value, own.get(name, value)) for name, value in state["weights"].items()}
+        wide = {name: value for name, value in state.items() if name not in ("optimizer", "scheduler")}
+        wide |= {"sizes": dataclasses.asdict(Sizes()), "weights": weights}
+        model_of(wide, args.narrow)  # which says what does not fit
+        write_state(args.wide, wide)
+    except (OSError, ValueError, IndexError) as error:
         print(f"widen.py: {error}", file=sys.stderr)
         return 1
     return 0
