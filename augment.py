@@ -3,8 +3,8 @@
 Hawthorne et al., ICLR 2019, and after them Transkun and aria-amt train with such chains so that a transcriber holds on
 recordings unlike those it learnt from. Here they are batched torch operations on the batch's device: all that changes the
 spectrum is one multiplication between a Fourier transform and its inverse. Every segment gets its own random numbers, drawn
-from torch's generator of that device, which training seeds for every step. Nothing moves in time; where a segment is transposed,
-its labels move along the keyboard.
+from torch's generator of that device, which training seeds for every step. Where a segment is transposed, its
+labels move along the keyboard; in time they stay, but from across a room the sound comes late.
 
 Shapes: B batch, S samples, F Fourier bins, M mel bands.
 """
