@@ -64,6 +64,7 @@ class Recipe:
     noise: float = 0.5               # probability of noise in a segment
     detune: float = 0.2              # segments are heard sharper or flatter by up to this many semitones
     transpose: int = 3               # and moved by up to this many whole ones, with their labels
+    offset_weight: float = 3.0       # how often a frame counts that is near a note's end
 
     def __post_init__(self) -> None:
         if not self.combined_unit:
@@ -72,7 +73,7 @@ class Recipe:
             raise ValueError(f"onset_target is one of {', '.join(ONSET_PLACES)}, not {self.onset_target!r}")
 
 
-RECIPES = {"default": Recipe(), "course": Recipe(False, False, False, 88, False, False, False, 6e-4, "one", 0.0, 0.0, 0.0, 0.0, 0.0, 0)}
+RECIPES = {"default": Recipe(), "course": Recipe(False, False, False, 88, False, False, False, 6e-4, "one", 0.0, 0.0, 0.0, 0.0, 0.0, 0, 1.0)}
 
 
 def parse_recipe(text: str) -> Recipe:

@@ -179,9 +179,40 @@ def test_losses_are_of_their_own_heads():
     frame, onset = torch.zeros(1, 2, 88), torch.zeros(1, 2, 88)
     onset[0, 0, 0] = 1
     batch = {"audio": torch.zeros(1, 2 * HOP_SIZE), "frame": frame, "onset": onset, "has_offsets": torch.tensor([True])}
-    losses = train.losses_of(Fixed(), batch, DEVICE)
+    losses = train.losses_of(Fixed(), PLAIN, batch, DEVICE)
     assert losses["frame_loss"].item() == pytest.approx(np.log(2))
     assert losses["onset_loss"].item() == pytest.approx((175 * np.log(1 + np.e) + np.log(1 + 1 / np.e)) / 176, rel=1e-5)
+
+
+@pytest.mark.parametrize("sounds, weighed", [
+    ("XXXX........", "..******...."),
+    ("XXXX...XXXX.", "..******.***"),  # what has begun in between, too
+    ("X...........", "*****......."),
+    ("..........XX", "............"),  # sounding on when the segment ends
+    ("............", "............"),
+    ("X", "."),
+])
+def test_frames_near_a_notes_end_count_more(sounds, weighed):
+    frame = torch.zeros(2, len(sounds), 88)
+    frame[1, :, 40] = torch.tensor([place == "X" for place in sounds]).float()
+    expected = torch.ones_like(frame)
+    expected[1, :, 40] += torch.tensor([place == "*" for place in weighed]) * 2.0
+    assert torch.equal(train.frame_weights(frame, 3.0), expected)
+    assert torch.equal(train.frame_weights(frame, 1.0), torch.ones_like(frame))
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_the_recipes_offset_weight_reaches_the_loss(name):
+    class Fixed(nn.Module):
+        def forward(self, audio, semitones):
+            return torch.zeros(1, 10, 88), torch.zeros(1, 10, 88)
+
+    frame = torch.zeros(1, 10, 88)
+    frame[0, :4, 40] = 1
+    batch = {"audio": torch.zeros(1, 10 * HOP_SIZE), "frame": frame, "onset": frame, "has_offsets": torch.tensor([True])}
+    losses = train.losses_of(Fixed(), RECIPES[name], batch, DEVICE)
+    assert losses["frame_loss"].item() == pytest.approx(np.log(2) * (1 + 6 * (RECIPES[name].offset_weight - 1) / 880), rel=1e-5)
+    assert losses["onset_loss"].item() == pytest.approx(np.log(2), rel=1e-5)
 
 
 def test_onset_data_teaches_onsets_alone(data_folder):
@@ -191,7 +222,7 @@ def test_onset_data_teaches_onsets_alone(data_folder):
     gradients = []
     for counts in ([True, True], [True, False], [False, True], [False, False]):
         model.zero_grad()
-        sum(train.losses_of(model, {**batch, "has_offsets": torch.tensor(counts)}, DEVICE).values()).backward()
+        sum(train.losses_of(model, PLAIN, {**batch, "has_offsets": torch.tensor(counts)}, DEVICE).values()).backward()
         gradients.append([head.weight.grad.clone() for head in (model.frame_fc, model.onset_fc)])
     (both, onset), *others, (none, _) = gradients
     assert both.abs().max() > 0 and none.abs().max() == 0
@@ -642,9 +673,9 @@ def test_segments_are_augmented_as_the_recipe_says(recipe, data_folder, tmp_path
         asked.append(parts)
         return augment(audio, *parts)
 
-    def spy_batch(model, batch, device, losses_of=train.losses_of):
+    def spy_batch(model, recipe, batch, device, losses_of=train.losses_of):
         heard.append(batch)
-        return losses_of(model, batch, device)
+        return losses_of(model, recipe, batch, device)
 
     monkeypatch.setattr(train, "augment", spy_audio)
     monkeypatch.setattr(train, "losses_of", spy_batch)
@@ -665,9 +696,9 @@ def test_segments_are_augmented_as_the_recipe_says(recipe, data_folder, tmp_path
 def test_the_recipes_onset_target_reaches_the_loss(data_folder, tmp_path, monkeypatch):
     peaks = []
 
-    def spy(model, batch, device, losses_of=train.losses_of):
+    def spy(model, recipe, batch, device, losses_of=train.losses_of):
         peaks.append(batch["onset"])
-        return losses_of(model, batch, device)
+        return losses_of(model, recipe, batch, device)
 
     monkeypatch.setattr(train, "losses_of", spy)
     for shape in ONSET_PLACES:
