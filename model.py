@@ -115,7 +115,7 @@ class LogMelSpectrogram(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.melspectrogram = torchaudio.transforms.MelSpectrogram(
-            SAMPLE_RATE, N_FFT, hop_length=HOP_SIZE, f_min=F_MIN, f_max=F_MAX, n_mels=N_MELS, center=False)
+            SAMPLE_RATE, N_FFT, hop_length=HOP_SIZE, f_min=F_MIN, f_max=F_MAX, n_mels=N_MELS, center=False, power=None)
 
     def forward(self, audio: Tensor, filters: Tensor | None = None) -> Tensor:
         """(B, S) float in [-1, 1] -> (B, S // HOP_SIZE, M); `filters` (B, F, M) may stand in for the mel filters."""
@@ -124,7 +124,8 @@ class LogMelSpectrogram(nn.Module):
     def of_padded(self, audio: Tensor, filters: Tensor | None = None) -> Tensor:
         """The same for audio that comes with SIDE samples before its first frame and after its last."""
         with torch.autocast(audio.device.type, enabled=False):
-            power = self.melspectrogram.spectrogram(audio.float())                                  # (B, F, T)
+            spectrum = self.melspectrogram.spectrogram(audio.float())                               # (B, F, T) complex
+            power = spectrum.real.square().addcmul_(spectrum.imag, spectrum.imag)  # its magnitude, squared, would need a root
             filters = self.melspectrogram.mel_scale.fb if filters is None else filters
             return (power.transpose(1, 2) @ filters).clamp(min=1e-9).log()                          # (B, T, F) @ (F, M)
 

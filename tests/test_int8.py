@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from int8 import Int8ConvStack, Int8HarmonicStack, in_steps
+from int8 import Int8ConvStack, Int8HarmonicStack, in_bytes, in_steps
 from layers import BatchNorm
 from model import ConvStack, HarmonicStack, autocast, build_model
 
@@ -33,6 +33,17 @@ def stack() -> ConvStack:
 def harmonic_stack() -> HarmonicStack:
     torch.manual_seed(0)
     return trained(HarmonicStack(12, 32), 4, 12, 10, 88)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+def test_bytes_are_rectified_rounded_and_capped(dtype, layout):
+    told = torch.tensor([-1e9, -3, -0.4, 0, 0.4, 0.6, 1.2, 100, 254, 255, 256, 1e9], dtype=dtype).view(1, 2, 2, 3).to(memory_format=layout)
+    found = in_bytes(told)
+    assert found.flatten().tolist() == [0, 0, 0, 0, 0, 1, 1, 100, 254, 255, 255, 255]
+    assert found.dtype == torch.uint8 and found.stride() == told.stride()
+    told.fill_(7)  # nor do the bytes lie in what they came from
+    assert found.flatten()[0] == 0
 
 
 def relative_error(stack: ConvStack, mel: torch.Tensor) -> float:
