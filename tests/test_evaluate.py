@@ -184,6 +184,55 @@ def test_a_strike_lies_between_frames_where_the_model_is_not_sure_which(before, 
     assert notes.intervals[0, 0] == pytest.approx(frames_to_seconds(4 + frames), abs=1e-6)
 
 
+@pytest.mark.parametrize("frames, last", [
+    ([1, 1, 1, 1, 0, 0, 0, 0], 3),
+    ([1, 1, 0.5, 0, 0, 0, 0, 0], 1.5),                    # half a frame more
+    ([1, 0.9, 0.55, 0.6, 0.6, 0.1, 0, 0], 4),             # not at the first frame below the threshold
+    ([1, 0.9, 0.9, 0.4, 0.45, 0.55, 0.3, 0.3], 2),        # nor at the last above it
+    ([1, 0.9, 0.05, 0.9, 0.9, 0.9, 0, 0], 1),             # what has fallen silent does not come back
+    ([1, 0, 0, 0, 0, 0, 0, 0], 1),                        # not before the strike is over
+    ([1, 1, 1, 1, 1, 1, 1, 1], 7),                        # sounding to the end
+])
+def test_a_note_ends_where_its_frames_fall_most(frames, last):
+    """To a quarter of a frame, 8 ms, for what is left of a fall two frames away counts as well."""
+    onset, frame = np.zeros((2, 8, 88), np.float32)
+    onset[:2, 40], frame[:, 40] = 1, frames
+    notes = extract_notes(onset, frame, 0.5, 0.58, "two")
+    assert notes.intervals[0, 1] == pytest.approx(frames_to_seconds(last), abs=0.25 * HOP)
+    alone = extract_notes(np.roll(onset, 1, axis=1), np.roll(frame, 1, axis=1), 0.5, 0.58, "two")
+    both = extract_notes(onset + np.roll(onset, 1, axis=1), frame + np.roll(frame, 1, axis=1), 0.5, 0.58, "two")
+    np.testing.assert_allclose(both.intervals, [notes.intervals[0], alone.intervals[0]])  # of two keys side by side neither hears the other
+
+
+@pytest.mark.parametrize("n_frames", [1, 2, 3, 60])
+def test_ends_of_notes_agree_with_a_loop(n_frames):
+    random = np.random.default_rng(n_frames)
+    onset, frame = random.random((2, n_frames, N_KEYS)).astype(np.float32)
+    frame = frame ** 0.3
+    found = {}
+    notes = extract_notes(onset, frame, 0.9, 0.6, "two")
+    assert len(notes) >= 1
+    for pitch, (start, end) in zip(notes.pitches.tolist(), notes.intervals.tolist()):
+        found.setdefault(pitch - 21, []).append((start, end))
+    for key, spans_of_key in found.items():
+        struck = onset[:, key] >= 0.9
+        starts = [t for t in range(n_frames) if struck[t] and not (t and struck[t - 1])]
+        assert len(starts) == len(spans_of_key)
+        for start, limit, (begin, end) in zip(starts, [*starts[1:], n_frames], spans_of_key):
+            level = np.where(struck, 1, frame[:, key])[start:limit].astype(float)
+            silent = np.flatnonzero(level < 0.1)
+            # all of it before the first frame, nothing after the last
+            padded = np.concatenate([np.ones(4), level, np.zeros(4)])
+            at = np.arange(-4, len(level) + 4)
+            falls = {t: np.interp(t - 0.75, at, padded) - np.interp(t + 1.75, at, padded) for t in range(silent[0] if len(silent) else len(level))
+                     if level[t] >= 0.6}
+            last = min(falls, key=lambda t: (-round(falls[t], 6), t))
+            high, low = np.mean(padded[last + 2 : last + 4]), np.mean(padded[last + 6 : last + 8])
+            if high > low:
+                last += ((padded[last + 3 : last + 7] - low) / (high - low)).clip(0, 1).sum() - 2
+            assert end == pytest.approx(max(frames_to_seconds(start + last), begin + HOP / 2), abs=1e-5)
+
+
 def test_the_next_strike_does_not_move_the_one_before():
     onset = np.zeros((10, 88), np.float32)
     onset[3:7, 40] = 0.9, 0.1, 0.9, 0.9
