@@ -20,8 +20,8 @@ from notes import ONSET_PLACES, Notes, frames_to_seconds, notes_to_rolls
 
 VELOCITY = 80  # the models hear no loudness; every note they write is mezzo-forte
 THRESHOLDS = np.arange(1, 10) / 10  # what tune_thresholds tries
-SILENT = 0.1   # probability below which a key no longer sounds, whatever comes after
-REACH = 1.25   # frames before and after a place between which a note may end there; 40 ms
+SILENT = 0.1   # probability below which a note is over, whatever comes after; what a model is unsure of is seldom so faint
+REACH = 1.25   # frames to either side of a note's end over which its fall is measured; 40 ms, of the 50 that scores allow
 
 
 def extract_notes(onset: np.ndarray, frame: np.ndarray, onset_threshold: float = 0.5, frame_threshold: float = 0.5,
@@ -42,8 +42,8 @@ def extract_notes(onset: np.ndarray, frame: np.ndarray, onset_threshold: float =
 
     Returns:
         Notes in order of onset. With the onset target "one" they begin at the centre of their first frame and end at that of
-        their last; with "two" they begin up to a frame and a half earlier or later, and end in between too. They last half a
-        frame at least.
+        their last; with "two" they begin up to a frame and a half earlier or later, and may end between two frames. They last
+        half a frame at least.
         Silence gives zero notes, with intervals of shape (0, 2).
 
     Raises:
@@ -61,12 +61,12 @@ def extract_notes(onset: np.ndarray, frame: np.ndarray, onset_threshold: float =
     struck, sounds = struck.ravel(), sounds.ravel()
     starts = np.flatnonzero(struck & ~np.roll(struck, 1))
     keys, first = np.divmod(starts, n_frames + 1)
-    limits = np.minimum(np.append(starts[1:], struck.size), (keys + 1) * (n_frames + 1) - 1)  # the key's next strike, or its last place
+    limits = np.append(starts[1:], struck.size)  # of each note the next strike, if only of another key
     if onset_target == "one":
         last = first + stops_of(sounds, starts, limits) - 1 - starts
     else:
         last = first + ends_of_notes(frame, struck, sounds, starts, limits)
-        first = first + shift_of_strikes(onset, first, keys, np.diff(starts, append=struck.size), onset_target)
+        first = first + shift_of_strikes(onset, first, keys, limits - starts, onset_target)
     onsets = frames_to_seconds(first)
     offsets = np.maximum(frames_to_seconds(last), onsets + 0.5 * HOP_SIZE / SAMPLE_RATE)
     return Notes(np.stack([onsets, offsets], axis=1), keys + MIN_MIDI, np.full(len(keys), VELOCITY))
@@ -79,46 +79,45 @@ def stops_of(sounds: np.ndarray, starts: np.ndarray, limits: np.ndarray) -> np.n
 
 
 def ends_of_notes(frame: np.ndarray, struck: np.ndarray, sounds: np.ndarray, starts: np.ndarray, limits: np.ndarray) -> np.ndarray:
-    """(N,) frames, between two of them too, from the first of a note to its last: where the probability that it sounds falls most.
+    """(N,) how many frames after its first a note's last one lies, in fractions too: where the probability that it sounds falls most.
 
     There the offset lies most probably, within what a score allows it to be off. Where a model hears that a note ends on this
-    beat or on the next, the first frame below a threshold can be somewhere in the middle, where it surely does not end.
+    beat or on the next, the first frame below a threshold can be somewhere in the middle, where it surely does not end. This
+    rule is our own.
 
     Args:
         frame: (T, K), probability that the key sounds in frame t.
         struck, sounds: (P,) at places as `extract_notes` has them, T + 1 of each key; notes end after one that sounds.
         starts, limits: (N,) places at which notes begin, in order, and before which they end.
     """
-    line = len(frame) + 1
-    lasting = np.zeros((frame.shape[1], line), dtype=bool)
-    lasting[:, :-1] = frame.T >= SILENT
-    stops = stops_of(lasting.ravel() | struck, starts, limits)
+    if not len(starts):
+        return np.zeros(0)
+    level = np.zeros((frame.shape[1], len(frame) + 1), dtype=frame.dtype)
+    level[:, :-1] = frame.T
+    level = level.ravel()
+    level[struck] = 1
+    stops = stops_of(level >= SILENT, starts, limits)
     places = np.flatnonzero(sounds)
     note = np.searchsorted(starts, places, side="right") - 1
-    inside = note >= 0
-    inside[inside] = places[inside] < stops[note[inside]]
+    inside = (note >= 0) & (places < stops[note])
     places, note = places[inside], note[inside]
 
-    def level(step: int) -> np.ndarray:
-        """What is left of the note so many frames later: all of it before it begins, nothing from its limit on."""
-        there = np.minimum(places + step, struck.size - 1)
-        known = np.where(struck[there], 1, frame[np.minimum(there % line, len(frame) - 1), there // line])
-        return np.where(there < starts[note], 1, np.where(places + step < limits[note], known, 0))
+    def left(step: int) -> np.ndarray:
+        """The probability so many frames from `places` on; 1 before the note, 0 after it."""
+        there = places + step
+        return np.where(there < starts[note], 1, np.where(there < stops[note], level.take(there, mode="clip"), 0))
 
-    if not len(places):
-        return np.zeros(0)
     # a place ends half a frame after its centre; between centres the probability runs straight
-    before, here, after, later = (level(step) for step in (-1, 0, 1, 2))
-    fall = (REACH - 0.5) * (before - later) + (1.5 - REACH) * (here - after)
+    fall = (REACH - 0.5) * (left(-1) - left(2)) + (1.5 - REACH) * (left(0) - left(1))
     notes = np.arange(len(starts))
     steepest = np.flatnonzero(fall == np.maximum.reduceat(fall, np.searchsorted(note, notes))[note])
     steepest = steepest[np.searchsorted(note[steepest], notes)]  # of equal ones the first
     places, note = places[steepest], note[steepest]
-    near = [level(step) for step in range(-2, 4)]
-    high, low = (near[0] + near[1]) / 2, (near[4] + near[5]) / 2
+    around = [left(step) for step in range(-2, 4)]
+    high, low = (around[0] + around[1]) / 2, (around[4] + around[5]) / 2
     # of what falls within two frames to either side, the mean
-    left = sum(((x - low) / np.where(high > low, high - low, 1)).clip(0, 1) for x in near[1:5])
-    return places - starts + np.where(high > low, left - 2, 0)
+    sounding = sum(((x - low) / np.where(high > low, high - low, 1)).clip(0, 1) for x in around[1:5])
+    return places - starts + np.where(high > low, sounding - 2, 0)
 
 
 def shift_of_strikes(onset: np.ndarray, first: np.ndarray, keys: np.ndarray, room: np.ndarray, onset_target: str) -> np.ndarray:

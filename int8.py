@@ -48,7 +48,8 @@ class Int8Conv:
 
 
 def in_bytes(x: Tensor) -> Tensor:
-    """Features in steps, rectified and rounded. Torch's quantiser does it in one pass over memory; its bytes are used as such."""
+    """Features in steps, rectified and rounded. Torch's quantiser does it to floats in one pass over memory; its bytes are used
+    as they are, where `int_repr` would copy them."""
     quantised = torch.quantize_per_tensor(x.float(), 1.0, 0, torch.quint8)
     return torch.empty(0, dtype=torch.uint8).set_(quantised.untyped_storage(), 0, quantised.shape, quantised.stride())
 

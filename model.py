@@ -64,7 +64,7 @@ class Recipe:
     noise: float = 0.5               # probability of noise in a segment
     detune: float = 0.2              # segments are heard sharper or flatter by up to this many semitones
     transpose: int = 3               # and moved by up to this many whole ones, with their labels
-    offset_weight: float = 3.0       # how often a frame counts that is near a note's end
+    offset_weight: float = 3.0       # how often a frame near a note's end counts
 
     def __post_init__(self) -> None:
         if not self.combined_unit:

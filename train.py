@@ -114,7 +114,8 @@ def augmented(batch: dict[str, Tensor], recipe: Recipe) -> dict[str, Tensor]:
 def frame_weights(frame: Tensor, offset_weight: float) -> Tensor:
     """(B, T, K): `offset_weight` for the last two frames of a note and the four after it, elsewhere 1.
 
-    A frame roll is nearly right with every note a few frames too long, and its offsets are then all wrong.
+    A frame roll is nearly right with every note a few frames too long, and its offsets are then all wrong. Where the same key is
+    struck at once or the segment is over, nothing tells of an end.
     """
     ends = nn.functional.pad((frame[:, :-1] - frame[:, 1:]).clamp(min=0), (0, 0, 1, 0))  # first silent frames
     near = nn.functional.max_pool1d(nn.functional.pad(ends.transpose(1, 2), (3, 2)), 6, 1).transpose(1, 2)
@@ -122,7 +123,7 @@ def frame_weights(frame: Tensor, offset_weight: float) -> Tensor:
 
 
 def losses_of(model: nn.Module, recipe: Recipe, batch: dict[str, Tensor], device: torch.device) -> dict[str, Tensor]:
-    """Binary cross entropy of each head against its own roll; where a segment's offsets do not count its frame loss is zero."""
+    """Binary cross entropy of each head against its own roll, that of frames weighted; where a segment's offsets do not count it is zero."""
     with autocast(device):
         frame_logit, onset_logit = model(batch["audio"], batch.get("semitones"))           # (B, T, K) each
     bce = nn.functional.binary_cross_entropy_with_logits

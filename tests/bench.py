@@ -342,8 +342,10 @@ def decoding(minutes: float, decode: Callable[..., Notes]) -> Work:
 
 
 def bench_decode(args: argparse.Namespace) -> list[Row]:
-    found = take_turns(args.rounds, {"reference": partial(decoding, DECODED, reference.extract_notes), "ours": partial(decoding, DECODED, extract_notes)})
-    return [Row(f"decoding {DECODED} min", found["ours"]["decoding"], found["reference"]["decoding"], note=f"{found['ours']['notes'][0]} notes")]
+    decoders = {"reference": reference.extract_notes, "ours": extract_notes, "finer": partial(extract_notes, onset_target="two")}
+    found = take_turns(args.rounds, {name: partial(decoding, DECODED, decode) for name, decode in decoders.items()})
+    return [Row(f"decoding {DECODED} min", found["ours"]["decoding"], found["reference"]["decoding"], note=f"{found['ours']['notes'][0]} notes"),
+            Row("- in between frames", found["finer"]["decoding"], found["reference"]["decoding"])]
 
 
 def bench_startup(args: argparse.Namespace) -> list[Row]:

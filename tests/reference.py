@@ -141,7 +141,7 @@ def read_audio(path: Path) -> np.ndarray:
 
 
 def extract_notes(onset: np.ndarray, frame: np.ndarray, threshold: float = 0.5) -> Notes:
-    """Notes in two rolls of probabilities, (T, 88) each, by the rules of `evaluate.extract_notes`, a frame at a time."""
+    """Notes in two rolls of probabilities, (T, 88) each, by the rules of `evaluate.extract_notes` for onsets of one frame, a frame at a time."""
     onset, frame = onset >= threshold, frame >= threshold
     rises = np.concatenate([onset[:1], onset[1:] & ~onset[:-1]])
     intervals, pitches = [], []
