@@ -20,7 +20,7 @@ from notes import ONSET_PLACES, Notes, frames_to_seconds, notes_to_rolls
 
 VELOCITY = 80  # the models hear no loudness; every note they write is mezzo-forte
 THRESHOLDS = np.arange(1, 10) / 10  # what tune_thresholds tries
-SILENT = 0.1   # probability below which a note is over, whatever comes after; what a model is unsure of is seldom so faint
+SILENT = 0.05  # probability below which a note is over, whatever comes after; what a model is unsure of is seldom so faint
 REACH = 1.25   # frames to either side of a note's end over which its fall is measured; 40 ms, of the 50 that scores allow
 
 
@@ -28,8 +28,8 @@ def extract_notes(onset: np.ndarray, frame: np.ndarray, onset_threshold: float =
                   onset_target: str = "one") -> Notes:
     """Read notes off two piano rolls: a key starts at a rising onset and lasts while its frames do.
 
-    Source: Hawthorne et al., "Onsets and Frames", ISMIR 2018. An onset over several frames is one note, which sounds at
-    least that long, whether or not the frame roll agrees; our own rule is that a new onset ends the note before it. Where an
+    Source: Hawthorne et al., "Onsets and Frames", ISMIR 2018. An onset over several frames is one note, which sounds
+    while they last, whether or not the frame roll agrees; our own rule is that a new onset ends the note before it. Where an
     onset spans several frames, the centre of mass of its probability tells the strike more finely than the first of them:
     Kong et al. 2021 work it out from three of them, here up to four count, from the one before the first. The end is then read
     as finely, see `ends_of_notes`.
@@ -95,23 +95,22 @@ def ends_of_notes(frame: np.ndarray, struck: np.ndarray, sounds: np.ndarray, sta
     level = np.zeros((frame.shape[1], len(frame) + 1), dtype=frame.dtype)
     level[:, :-1] = frame.T
     level = level.ravel()
-    level[struck] = 1
-    stops = stops_of(level >= SILENT, starts, limits)
+    stops = stops_of((level >= SILENT) | struck, starts, limits)
     places = np.flatnonzero(sounds)
     note = np.searchsorted(starts, places, side="right") - 1
     inside = (note >= 0) & (places < stops[note])
     places, note = places[inside], note[inside]
 
     def left(step: int) -> np.ndarray:
-        """The probability so many frames from `places` on; 1 before the note, 0 after it."""
-        there = places + step
-        return np.where(there < starts[note], 1, np.where(there < stops[note], level.take(there, mode="clip"), 0))
+        """The probability so many frames from `places` on; before the note that of its first frame, after it 0."""
+        there = np.maximum(places + step, starts[note])
+        return np.where(there < stops[note], level.take(there, mode="clip"), 0)
 
     # a place ends half a frame after its centre; between centres the probability runs straight
     fall = (REACH - 0.5) * (left(-1) - left(2)) + (1.5 - REACH) * (left(0) - left(1))
     notes = np.arange(len(starts))
     steepest = np.flatnonzero(fall == np.maximum.reduceat(fall, np.searchsorted(note, notes))[note])
-    steepest = steepest[np.searchsorted(note[steepest], notes)]  # of equal ones the first
+    steepest = steepest[np.searchsorted(note[steepest], notes, side="right") - 1]  # of equal ones the last
     places, note = places[steepest], note[steepest]
     around = [left(step) for step in range(-2, 4)]
     high, low = (around[0] + around[1]) / 2, (around[4] + around[5]) / 2

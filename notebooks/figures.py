@@ -1,4 +1,4 @@
-"""The README's pictures, from a run's own logs and checkpoint: `python notebooks/figures.py RUN [--recording NAME]`.
+"""The README's pictures, of a run's logs and of what the released checkpoint hears: `python notebooks/figures.py RUN [--recording NAME]`.
 
 Writes `learning_curve.png` and `recording.png` into notebooks/figures.
 """
@@ -17,7 +17,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from dataset import load_split  # noqa: E402
 from files import written_whole  # noqa: E402
-from model import load_checkpoint  # noqa: E402
+from model import RELEASED, load_checkpoint  # noqa: E402
 from transcribe import draw, transcribe  # noqa: E402
 
 MEAN_OF = 20  # one segment's loss is many times another's
@@ -57,7 +57,7 @@ def main() -> int:
     folder = json.loads((args.run / "config.json").read_text())["data"]
     recording = next(r for r in load_split(folder, "test") if (args.recording or "") in r.name).until(20)
     audio = recording.to_float().numpy()
-    notes, _, _ = transcribe(load_checkpoint(args.run / "model-best.pt"), audio)
+    notes, _, _ = transcribe(load_checkpoint(RELEASED), audio)
     draw(out / "recording.png", audio, notes, recording.notes)
     print(f"{out}: learning_curve.png, recording.png ({recording.name}, its first 20 s)")
     return 0
