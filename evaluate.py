@@ -20,16 +20,16 @@ from notes import ONSET_PLACES, Notes, frames_to_seconds, notes_to_rolls
 
 VELOCITY = 80  # the models hear no loudness; every note they write is mezzo-forte
 THRESHOLDS = np.arange(1, 10) / 10  # what tune_thresholds tries
-SILENT = 0.05  # probability below which a note is over, whatever comes after; what a model is unsure of is seldom so faint
-REACH = 1.25   # frames to either side of a note's end over which its fall is measured; 40 ms, of the 50 that scores allow
+SILENT = 0.05  # probability below which a note is over, whatever comes after; 0.02 to 0.1 score alike
+REACH = 1.25   # frames, 0.5 to 1.5, to either side of a note's end over which its fall is measured; 40 ms, of the 50 that scores allow
 
 
 def extract_notes(onset: np.ndarray, frame: np.ndarray, onset_threshold: float = 0.5, frame_threshold: float = 0.5,
                   onset_target: str = "one") -> Notes:
     """Read notes off two piano rolls: a key starts at a rising onset and lasts while its frames do.
 
-    Source: Hawthorne et al., "Onsets and Frames", ISMIR 2018. An onset over several frames is one note, which sounds
-    while they last, whether or not the frame roll agrees; our own rule is that a new onset ends the note before it. Where an
+    Source: Hawthorne et al., "Onsets and Frames", ISMIR 2018. An onset over several frames is one note, and these
+    count as sounding, whether or not the frame roll agrees; our own rule is that a new onset ends the note before it. Where an
     onset spans several frames, the centre of mass of its probability tells the strike more finely than the first of them:
     Kong et al. 2021 work it out from three of them, here up to four count, from the one before the first. The end is then read
     as finely, see `ends_of_notes`.

@@ -123,7 +123,7 @@ def frame_weights(frame: Tensor, offset_weight: float) -> Tensor:
 
 
 def losses_of(model: nn.Module, recipe: Recipe, batch: dict[str, Tensor], device: torch.device) -> dict[str, Tensor]:
-    """Binary cross entropy of each head against its own roll, that of frames weighted; where a segment's offsets do not count it is zero."""
+    """Binary cross entropy of each head against its own roll, that of frames weighted, and zero where a segment's offsets do not count."""
     with autocast(device):
         frame_logit, onset_logit = model(batch["audio"], batch.get("semitones"))           # (B, T, K) each
     bce = nn.functional.binary_cross_entropy_with_logits
