@@ -326,6 +326,14 @@ def test_midi_that_cannot_be_written_is_named(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["song.midi"]
 
 
+@pytest.mark.parametrize("pitch, velocity, name", [(128, 80, "pitches"), (-1, 80, "pitches"), (60, 200, "velocities")])
+def test_what_midi_cannot_say_is_not_written(tmp_path, pitch, velocity, name):
+    path = tmp_path / "song.midi"
+    with pytest.raises(ValueError, match=f"song.midi: {name} in MIDI are 0 to 127"):
+        write_midi(path, Notes([[0, 1], [1, 2]], [60, pitch], [80, velocity]))
+    assert not path.exists()
+
+
 def test_a_note_shorter_than_a_tick_is_written_and_ends(tmp_path):
     write_midi(tmp_path / "short.midi", Notes([[0.5, 0.5001], [1.0, 1.5], [1.5, 2.0]], [60, 60, 60], [80, 70, 60]))
     notes = read_midi(tmp_path / "short.midi")
