@@ -33,6 +33,7 @@ DEMO_COUNTS = {"train": 10, "validation": 3, "test": 3}
 MAPS_TEST_PIANOS = ("ENSTDkAm", "ENSTDkCl")  # the Disklavier, near and far: test in Hawthorne et al. 2018
 HELD_OUT = 10           # one composition in this many is validation, where a source has no split of its own
 MATCH_SECONDS = 0.05    # as far apart a MAPS note list and its MIDI file may put one note
+PEDALS = (SUSTAIN_PEDAL, 66, 67)  # and sostenuto and soft pedal: controllers of MIDI 1.0
 NO_VELOCITY = 64        # for a note of a list that its MIDI file lacks
 SLACK_SECONDS = 1.0     # by which a recording's length may miss its table's, or its MIDI file's
 
@@ -275,10 +276,17 @@ def make_maps(source: Path, out: Path, workers: int) -> int:
 
 # --- render ---
 
-def render_file(audio: Path, midi: Path, source: Path, soundfont: Path) -> float:
-    save_audio(audio, render_midi(open_midi(source), soundfont))
+def render_file(audio: Path, midi: Path, source: Path, soundfont: Path, pedals: bool) -> float:
+    performance = open_midi(source)
+    if not pedals:
+        for instrument in performance.instruments:
+            instrument.control_changes = [change for change in instrument.control_changes if change.number not in PEDALS]
+    save_audio(audio, render_midi(performance, soundfont))
     with written_whole(midi) as temporary:
-        shutil.copyfile(source, temporary)
+        if pedals:
+            shutil.copyfile(source, temporary)
+        else:
+            performance.write(str(temporary))
     return seconds_of(audio)
 
 
@@ -310,8 +318,8 @@ def performances_of(source: Path, split: str | None) -> list[tuple[Path, Row]]:
     return performances
 
 
-def make_render(source: Path, out: Path, soundfonts: list[Path], split: str | None, deal: bool, workers: int) -> int:
-    """Every MIDI performance of a folder, played on every SoundFont; or, dealt, on one of them in turn."""
+def make_render(source: Path, out: Path, soundfonts: list[Path], split: str | None, deal: bool, pedals: bool, workers: int) -> int:
+    """Every MIDI performance of a folder, played on every SoundFont; or, dealt, on one of them in turn; with its pedals or without."""
     if not has_fluidsynth():
         raise ValueError("libfluidsynth is missing: apt-get install fluidsynth")
     performances = performances_of(source, split)
@@ -323,7 +331,7 @@ def make_render(source: Path, out: Path, soundfonts: list[Path], split: str | No
         for soundfont in [soundfonts[number % len(soundfonts)]] if deal else soundfonts:
             target = Path(soundfont.stem) / row["midi_filename"]
             files = {"midi_filename": str(target.with_suffix(".midi")), "audio_filename": str(target.with_suffix(".flac"))}
-            jobs.append((render_file, (path, soundfont), {**row, "year": soundfont.stem, **files}))
+            jobs.append((render_file, (path, soundfont, pedals), {**row, "year": soundfont.stem, **files}))
     return run_jobs(out, jobs, workers)
 
 
@@ -446,6 +454,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     render = command("render", "MIDI performances, played on SoundFonts", ("source", "a folder of MIDI files, or a data folder"), out)
     render.add_argument("--soundfont", type=Path, nargs="+", default=[default_soundfont()], help="each plays everything")
     render.add_argument("--deal", action="store_true", help="each performance is played on one of the SoundFonts, in turn")
+    render.add_argument("--without_pedals", action="store_true", help="leave the pedals out, so that every note ends with its key")
     render.add_argument("--split", choices=SPLITS, help="put all into this split; of a data folder, take this split; "
                         "by default one piece in ten is validation, one test, and a data folder keeps its splits")
     hold = command("hold-out", "a data folder parted by piano: OUT/rest to train on, OUT/unseen to validate on pianos it has not heard",
@@ -466,7 +475,7 @@ def main(argv: list[str] | None = None) -> int:
         if args.command == "maps":
             return make_maps(args.source, args.out, args.num_workers)
         if args.command == "render":
-            return make_render(args.source, args.out, args.soundfont, args.split, args.deal, args.num_workers)
+            return make_render(args.source, args.out, args.soundfont, args.split, args.deal, not args.without_pedals, args.num_workers)
         if args.command == "hold-out":
             return hold_out(args.source, args.out, args.piano)
         return check(args.folder, args.num_workers)

@@ -350,6 +350,29 @@ def test_performances_are_rendered_on_every_soundfont(tmp_path, capsys):
 
 
 @needs_fluidsynth
+def test_without_pedals_notes_end_with_their_keys(tmp_path):
+    """In the sound and in the MIDI file beside it; other messages stay."""
+    midi = pretty_midi.PrettyMIDI(initial_tempo=97)
+    piano = pretty_midi.Instrument(0)
+    piano.notes = [pretty_midi.Note(90, 60, 0.2, 0.5), pretty_midi.Note(90, 67, 2.2, 2.5)]
+    piano.control_changes = [pretty_midi.ControlChange(number, value, seconds) for seconds, number, value in
+                             ((0.0, 7, 90), (0.1, 67, 127), (0.3, 64, 127), (0.3, 66, 127), (1.9, 64, 0), (2.0, 66, 0))]
+    midi.instruments.append(piano)
+    (tmp_path / "midi").mkdir()
+    midi.write(str(tmp_path / "midi/a.mid"))
+    rang = {}
+    for name, *flags in (("with",), ("without", "--without_pedals")):
+        assert run("render", tmp_path / "midi", tmp_path / name, *flags) == 0
+        (row,) = read_table(tmp_path / name)
+        notes = read_midi(tmp_path / name / row["midi_filename"])
+        np.testing.assert_allclose(notes.intervals, [[0.2, 0.5 if flags else 1.9], [2.2, 2.5]], atol=0.002)
+        rang[name] = level(load_audio(tmp_path / name / row["audio_filename"]), 1.3, 1.8)
+        left = pretty_midi.PrettyMIDI(str(tmp_path / name / row["midi_filename"])).instruments[0].control_changes
+        assert [change.number for change in left] == ([7] if flags else [7, 67, 64, 66, 64, 66])
+    assert rang["without"] < 0.05 * rang["with"]
+
+
+@needs_fluidsynth
 def test_one_split_of_a_data_folder_is_rendered(data_folder, tmp_path):
     """It keeps its notes and what its table says of it; a MIDI file that two recordings share is played once."""
     source = Path(shutil.copytree(data_folder, tmp_path / "source"))
