@@ -168,31 +168,43 @@ def layer_in_pieces(features: Tensor, lstm: nn.LSTM, layer: int) -> Tensor:
 def read_in_pieces(lstm: nn.LSTM, layer: int, n_frames: int, read: Callable[[slice], Tensor],
                    keep: Callable[[int, slice, Tensor], Any]) -> None:
     """One layer of an LSTM in inference, LONG_FRAMES at a time, each piece beginning with the state in which the one before it
-    ended: in one, 20 minutes of `onf` take 0.3 GB more. On a CPU the two directions run side by side, because two cores make
-    one direction hardly faster.
+    ended: in one, 20 minutes of `onf` take 0.3 GB more. The two directions run side by side.
 
     Args:
         read: gives the features (B, t, C) of a slice of the frames.
         keep: is given the direction (0, or 1 for backwards), the slice, and what was heard in it, (B, t, H).
     """
-    kind, threads = lstm.weight_hh_l0.device.type, torch.get_num_threads()
-    dtype, enabled = torch.get_autocast_dtype(kind), torch.is_autocast_enabled(kind)  # which a new thread does not know of
     starts = range(0, n_frames, LONG_FRAMES)
 
     def run(way: int) -> None:
         weights = [getattr(lstm, f"{name}_l{layer}{('', '_reverse')[way]}") for name in ("weight_ih", "weight_hh", "bias_ih", "bias_hh")]
         state = None
-        with torch.inference_mode(), torch.autocast(kind, dtype, enabled):
-            for start in reversed(starts) if way else starts:
-                where = slice(start, min(start + LONG_FRAMES, n_frames))
-                piece = read(where)
-                state = state or (piece.new_zeros(1, len(piece), lstm.hidden_size),) * 2
-                piece, *state = torch.lstm(piece.flip(1) if way else piece, state, weights, True, 1, 0.0, False, False, True)
-                keep(way, where, piece.flip(1) if way else piece)
+        for start in reversed(starts) if way else starts:
+            where = slice(start, min(start + LONG_FRAMES, n_frames))
+            piece = read(where)
+            state = state or (piece.new_zeros(1, len(piece), lstm.hidden_size),) * 2
+            piece, *state = torch.lstm(piece.flip(1) if way else piece, state, weights, True, 1, 0.0, False, False, True)
+            keep(way, where, piece.flip(1) if way else piece)
 
-    side_by_side = 2 if kind == "cpu" and threads > 1 else 1
+    side_by_side(run, range(2), lstm.weight_hh_l0.device.type)
+
+
+def side_by_side(work: Callable[[int], None], numbers: range, kind: str) -> None:
+    """Call `work` with every number, in inference mode; on a CPU two calls at a time, each with half of the threads.
+
+    For two cores make one direction of a recurrent layer hardly faster, and wait for each other in every convolution.
+    """
+    threads, at_a_time = torch.get_num_threads(), 1
+    if kind == "cpu" and threads > 1 and len(numbers) > 1:
+        at_a_time = 2
+    dtype, enabled = torch.get_autocast_dtype(kind), torch.is_autocast_enabled(kind)  # which a new thread does not know of
+
+    def run(number: int) -> None:
+        with torch.inference_mode(), torch.autocast(kind, dtype, enabled):
+            work(number)
+
     try:
-        with ThreadPoolExecutor(side_by_side, initializer=torch.set_num_threads, initargs=(threads // side_by_side,)) as pool:
-            list(pool.map(run, range(2)))
+        with ThreadPoolExecutor(at_a_time, initializer=torch.set_num_threads, initargs=(threads // at_a_time,)) as pool:
+            list(pool.map(run, numbers))
     finally:
         torch.set_num_threads(threads)  # which is also that of threads to come

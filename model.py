@@ -25,7 +25,7 @@ from augment import mel_of, shifted_filters
 from constants import F_MAX, F_MIN, HOP_SIZE, MIN_MIDI, N_FFT, N_KEYS, N_MELS, SAMPLE_RATE
 from files import written_whole
 from int8 import Int8ConvStack, Int8HarmonicStack
-from layers import BatchNorm, Dropout, PoolRectifyDrop, in_context, is_long, read_in_pieces
+from layers import BatchNorm, Dropout, PoolRectifyDrop, in_context, is_long, read_in_pieces, side_by_side
 from notes import ONSET_PLACES
 
 # Base rates per frame and key (of onsets, as many as there are strikes), from MAESTRO v2: 7.13 M notes in 201.2 h; keys sound in about 3 % of all places.
@@ -37,7 +37,7 @@ PLACES = (-1 / 3, 0.0, 1 / 3)
 CONTEXT = 3         # frames that three 3 x 3 convolutions see to either side
 SIDE = (N_FFT - HOP_SIZE) // 2  # samples that a Fourier window reaches past its frame on either side
 RELEASED = Path(__file__).parent / "runs" / "released" / "harmonic.pt"  # which of those that come with the code is used
-CHUNK_FRAMES = 512  # frames convolved at a time in a long recording, 16 s: big enough to be fast, flat in memory
+CHUNK_FRAMES = 352  # frames convolved at a time in a long recording, 11 s, and twice as many on a CPU: big enough to be fast, flat in memory
 
 
 @dataclass(frozen=True)
@@ -224,19 +224,23 @@ class Transcriber(nn.Module):
             fast = for_inference(self)
         n_frames = max(1, len(audio) // HOP_SIZE)
         whole: list[Tensor] = []  # what convolve gives, of all chunks; filled in place, because many small pieces fragment memory
-        for start in range(0, n_frames, chunk_frames):
+        one_at_a_time = threading.Lock()
+
+        def listen(start: int) -> None:
             stop = min(start + chunk_frames, n_frames)
             low, high = max(0, start - CONTEXT), min(n_frames, stop + CONTEXT)
             first, last = low * HOP_SIZE - SIDE, high * HOP_SIZE + SIDE             # the samples those frames see
             chunk = audio[max(0, first) : last].to(device)
             chunk = nn.functional.pad(chunk, (max(0, -first), 0))
             chunk = nn.functional.pad(chunk, (0, last - first - len(chunk)))
-            with autocast(device):
-                features = fast.features(fast.melspectrogram.of_padded(chunk[None]))  # (1, T', C) each
-            whole = whole or [feature.new_empty(1, n_frames, feature.shape[2]) for feature in features]
+            features = fast.features(fast.melspectrogram.of_padded(chunk[None]))      # (1, T', C) each
+            with one_at_a_time:
+                whole[:] = whole or [feature.new_empty(1, n_frames, feature.shape[2]) for feature in features]
             for branch, feature in zip(whole, features):
                 branch[:, start:stop] = feature[:, start - low : stop - low]
+
         with autocast(device):
+            side_by_side(listen, range(0, n_frames, chunk_frames), device.type)
             logits = fast.recur(*whole)
         return tuple(logit[0].float().cpu() for logit in logits)
 
@@ -565,6 +569,7 @@ def keep_pages() -> None:
         mallopt(-4, 0)         # M_MMAP_MAX: no big block gets a mapping of its own, to be unmapped when freed
         mallopt(-1, -1)        # M_TRIM_THRESHOLD: never give the top of the heap back
         mallopt(-2, 64 << 20)  # M_TOP_PAD: grow by 64 MiB at a time
+        mallopt(-8, 1)         # M_ARENA_MAX: no heap for each thread, which would be unmapped when it is empty
 
 
 def pick_device(name: str = "auto") -> torch.device:
