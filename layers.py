@@ -194,9 +194,8 @@ def side_by_side(work: Callable[[int], None], numbers: range, kind: str) -> None
 
     For two cores make one direction of a recurrent layer hardly faster, and wait for each other in every convolution.
     """
-    threads, at_a_time = torch.get_num_threads(), 1
-    if kind == "cpu" and threads > 1 and len(numbers) > 1:
-        at_a_time = 2
+    threads = torch.get_num_threads()
+    at_a_time = 2 if kind == "cpu" and threads > 1 and len(numbers) > 1 else 1
     dtype, enabled = torch.get_autocast_dtype(kind), torch.is_autocast_enabled(kind)  # which a new thread does not know of
 
     def run(number: int) -> None:
