@@ -235,7 +235,8 @@ class Transcriber(nn.Module):
             chunk = nn.functional.pad(chunk, (0, last - first - len(chunk)))
             features = fast.features(fast.melspectrogram.of_padded(chunk[None]))      # (1, T', C) each
             with one_at_a_time:
-                whole[:] = whole or [feature.new_empty(1, n_frames, feature.shape[2]) for feature in features]
+                if not whole:
+                    whole.extend(feature.new_empty(1, n_frames, feature.shape[2]) for feature in features)
             for branch, feature in zip(whole, features):
                 branch[:, start:stop] = feature[:, start - low : stop - low]
 

@@ -193,8 +193,8 @@ def notes_to_midi(notes: Notes) -> pretty_midi.PrettyMIDI:
 def write_midi(path: str | Path, notes: Notes) -> None:
     """Write notes as a MIDI file, the piano track of `notes_to_midi`; raises OSError, and ValueError for what MIDI cannot say.
 
-    By mido itself: pretty_midi, which comes to the same in the end, takes three times as long, a sixth of a whole transcription,
-    and two fifths of what is left go to its checks of every message, which are done at once here.
+    By mido itself, for pretty_midi, which comes to the same in the end, takes three times as long; and without its checks of
+    every message, two fifths of what is left, which are done at once here.
     """
     for name, values in (("pitches", notes.pitches), ("velocities", notes.velocities)):
         if (values & ~127).any():

@@ -1,7 +1,7 @@
-"""Average checkpoints of one run: `python runs/released/average.py A.pt B.pt … OUT.pt --data FOLDER …`.
+"""Average checkpoints of one run, or of it and what it began with: `python runs/released/average.py A.pt B.pt … OUT.pt --data FOLDER …`.
 
 After Izmailov et al., UAI 2018: what the last checkpoints of a run agree on holds better elsewhere than any one of them, and
-costs nothing. Their batch norms' statistics are averaged like weights. The thresholds are tuned anew on the data's validation split.
+costs nothing. Their batch norms' statistics are averaged like weights. The thresholds are tuned anew on the data's validation split; all else the checkpoint says is of the last one named.
 """
 
 import argparse
