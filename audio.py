@@ -180,7 +180,7 @@ def render_midi(midi: pretty_midi.PrettyMIDI, soundfont: str | Path | None = Non
                 n_samples = min(until - position, BLOCK)
                 stereo = np.asarray(synth.get_samples(n_samples), dtype=np.float32).reshape(-1, 2)
                 position += n_samples
-                yield np.clip(resampler.resample_chunk(stereo.mean(axis=1) / 32768), -1, 1)
+                yield np.clip(resampler.resample_chunk((stereo[:, 0] + stereo[:, 1]) / 65536), -1, 1)
             if act:
                 act(*arguments)
         yield np.clip(resampler.resample_chunk(np.zeros(0, np.float32), last=True), -1, 1)
