@@ -55,6 +55,7 @@ def draw(path: Path, audio: np.ndarray, notes: Notes, ref: Notes | None = None) 
     Raises:
         OSError: the picture cannot be written.
     """
+    from matplotlib.collections import PolyCollection
     from matplotlib.figure import Figure  # slow to import; Figure alone needs no screen
     audio = np.pad(audio[: PICTURE_SECONDS * SAMPLE_RATE], (0, max(0, HOP_SIZE - len(audio))))  # a frame at least
     seconds = len(audio) / SAMPLE_RATE
@@ -70,8 +71,9 @@ def draw(path: Path, audio: np.ndarray, notes: Notes, ref: Notes | None = None) 
                         (ref, {"facecolors": "none", "edgecolors": "black", "linewidths": 0.7})):
         if some is not None:
             shown = some.until(seconds)
-            for (onset, offset), pitch in zip(shown.intervals, shown.pitches):
-                bottom.broken_barh([(onset, offset - onset)], (pitch - 0.4, 0.8), **style)
+            onset, offset = shown.intervals.T
+            across, up = [onset, offset, offset, onset], [shown.pitches + side for side in (-0.4, -0.4, 0.4, 0.4)]
+            bottom.add_collection(PolyCollection(np.stack([across, up]).T, **style))  # one by one took half of the time
     with written_whole(path) as temporary:
         figure.savefig(temporary, dpi=100)
 
