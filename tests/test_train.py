@@ -312,6 +312,20 @@ def test_the_latest_of_equals_is_best(data_folder, tmp_path):
     assert state_of(tmp_path / "model-best.pt")["step"] == 4
 
 
+def test_the_best_is_so_in_notes_and_in_offsets(data_folder, tmp_path, monkeypatch):
+    """One step that finds a few more notes is not better than one whose notes end right."""
+    given = iter([(0.90, 0.50), (0.89, 0.60)])
+
+    def validate(model, recordings):
+        note, with_offsets = next(given)
+        return dict.fromkeys(train.REPORTED, 0.0) | {"metric/note/f1": note, "metric/note-with-offsets/f1": with_offsets}
+
+    monkeypatch.setattr(train, "validate", validate)
+    assert train.main(tiny(data_folder, tmp_path)) == 0
+    state = state_of(tmp_path / "model-best.pt")
+    assert (state["step"], state["best"]) == (4, pytest.approx(0.745))
+
+
 def test_workers_change_no_result(finished, data_folder, tmp_path):
     assert train.main(tiny(data_folder, tmp_path, "--num_workers", "2")) == 0
     assert_same_run(finished / "model-4.pt", tmp_path / "model-4.pt")
