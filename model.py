@@ -37,6 +37,7 @@ PLACES = (-1 / 3, 0.0, 1 / 3)
 CONTEXT = 3         # frames that three 3 x 3 convolutions see to either side
 SIDE = (N_FFT - HOP_SIZE) // 2  # samples that a Fourier window reaches past its frame on either side
 RELEASED = Path(__file__).parent / "runs" / "released" / "harmonic.pt"  # which of those that come with the code is used
+LEVEL_RATE = 0.01   # weight of the latest batch in the level that training hears
 CHUNK_FRAMES = 352  # frames convolved at a time in a long recording, 11 s, and twice as many on a CPU: big enough to be fast, flat in memory
 
 
@@ -168,13 +169,15 @@ class Transcriber(nn.Module):
     """What the transcribers share. A new one gives `convolve` and `recur`, and a row in MODELS.
 
     `convolve` looks at most CONTEXT frames to either side, so a long recording goes through it in chunks; `recur` sees the
-    whole. `thresholds` are the probabilities from which an onset and a frame count; they travel in the checkpoint.
+    whole. `thresholds` are the probabilities from which an onset and a frame count, and `level` is the root mean square of what
+    training lately heard, 0 before any; both travel in the checkpoint.
     """
 
     def __init__(self, sizes: Sizes, recipe: Recipe) -> None:
         super().__init__()
         self.sizes, self.recipe = sizes, recipe
         self.thresholds = {"onset": 0.5, "frame": 0.5}
+        self.register_buffer("level", torch.tensor(0.0))
         self.melspectrogram = LogMelSpectrogram()
         self.mel_norm = BatchNorm(N_MELS, affine=False) if recipe.normalise_mel else nn.Identity()
 
@@ -206,11 +209,24 @@ class Transcriber(nn.Module):
     def forward(self, audio: Tensor, semitones: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """(B, S) float in [-1, 1] -> frame logits and onset logits, (B, S // HOP_SIZE, K) each; `semitones` (B,) sharper."""
         filters = None if semitones is None else shifted_filters(semitones)
+        if self.training:
+            heard = audio.detach().float().square().mean().sqrt()
+            self.level.copy_(torch.where(self.level > 0, self.level.lerp(heard, LEVEL_RATE), heard))
         return self.recur(*self.features(self.melspectrogram(audio, filters)))
+
+    def gain_for(self, audio: Tensor) -> Tensor:
+        """What brings a recording (S,) to the level that training heard: a model of soft recordings mistakes the loud ones.
+
+        Its level is that of its sound without pauses: of the frames at most 10 dB below the mean, as in ITU-R BS.1770. Silence, less
+        than a frame, and all that a model whose `level` is unknown hears, stay as they are.
+        """
+        power = torch.linalg.vector_norm(audio[: len(audio) // HOP_SIZE * HOP_SIZE].view(-1, HOP_SIZE), dim=1).square() / HOP_SIZE
+        power = power[power > power.mean() / 10]
+        return self.level.cpu() / power.mean().sqrt() if len(power) and self.level else torch.tensor(1.0)
 
     @torch.inference_mode()
     def infer(self, audio: Tensor, chunk_frames: int = CHUNK_FRAMES) -> tuple[Tensor, Tensor]:
-        """Logits of one recording of any length: the convolutions in chunks, the recurrent layers over the whole.
+        """Logits of one recording of any length and level: the convolutions in chunks, the recurrent layers over the whole.
 
         Args:
             audio: (S,) float in [-1, 1]; less than a frame of it is padded to one.
@@ -222,7 +238,7 @@ class Transcriber(nn.Module):
         device = next(self.parameters()).device
         with autocast(device):
             fast = for_inference(self)
-        n_frames = max(1, len(audio) // HOP_SIZE)
+        n_frames, gain = max(1, len(audio) // HOP_SIZE), self.gain_for(audio)
         whole: list[Tensor] = []  # what convolve gives, of all chunks; filled in place, because many small pieces fragment memory
         one_at_a_time = threading.Lock()
 
@@ -230,7 +246,7 @@ class Transcriber(nn.Module):
             stop = min(start + chunk_frames, n_frames)
             low, high = max(0, start - CONTEXT), min(n_frames, stop + CONTEXT)
             first, last = low * HOP_SIZE - SIDE, high * HOP_SIZE + SIDE             # the samples those frames see
-            chunk = audio[max(0, first) : last].to(device)
+            chunk = (audio[max(0, first) : last] * gain).to(device)
             chunk = nn.functional.pad(chunk, (max(0, -first), 0))
             chunk = nn.functional.pad(chunk, (0, last - first - len(chunk)))
             features = fast.features(fast.melspectrogram.of_padded(chunk[None]))      # (1, T', C) each
@@ -551,7 +567,7 @@ def model_of(state: dict[str, Any], path: str | Path) -> Transcriber:
         # what a recipe does not name came after it was written, and was then done as in the course's
         recipe = Recipe(**{**dataclasses.asdict(RECIPES["course"]), **state["recipe"]})
         model = build_model(state["model"], Sizes(**state["sizes"]), recipe)
-        model.load_state_dict(state["weights"])
+        model.load_state_dict({"level": torch.tensor(0.0), **state["weights"]})  # which older ones do not know
         model.thresholds = {head: float(state["thresholds"][head]) for head in ("onset", "frame")}
     except (TypeError, ValueError, RuntimeError, KeyError, AttributeError) as error:
         raise ValueError(f"{path}: does not fit this version of the models ({str(error).splitlines()[0]})") from error

@@ -39,6 +39,7 @@ from model import (
     n_parameters,
     parse_recipe,
     pick_device,
+    model_of,
     read_checkpoint,
     save_checkpoint,
     share_checkpoint,
@@ -417,7 +418,7 @@ def test_chunked_equals_whole_equals_forward(name, recipe, float32):
         audio = noise(n_samples, seed=n_samples)
         chunked = model.infer(audio, chunk_frames=8)
         whole = model.infer(audio, chunk_frames=1000)
-        padded = nn.functional.pad(audio, (0, max(0, HOP_SIZE - n_samples)))
+        padded = nn.functional.pad(audio * model.gain_for(audio), (0, max(0, HOP_SIZE - n_samples)))
         with torch.no_grad():
             forward = model(padded[None])
         for a, b, c in zip(chunked, whole, forward):
@@ -426,6 +427,46 @@ def test_chunked_equals_whole_equals_forward(name, recipe, float32):
             assert (a - b).abs().max() < 1e-3 and (a - c[0]).abs().max() < 1e-3
             spread = max(spread, float(a.std(dim=0).mean()) if len(a) > 1 else 0.0)
     assert spread > 3e-3  # the logits do move with the audio: else everything equals everything
+
+
+# --- level ---
+
+def test_training_remembers_how_loud_it_is():
+    """Of the first batch all, then a hundredth of each; evaluation changes nothing, nor do other levels the gradient."""
+    model = build_model("rnn", SMALL)
+    assert model.level == 0
+    model(torch.full((2, 8 * HOP_SIZE), -0.2))
+    assert model.level == pytest.approx(0.2)
+    model(torch.full((2, 8 * HOP_SIZE), 0.4))
+    assert model.level == pytest.approx(0.202) and not model.level.requires_grad
+    model.eval()(torch.full((2, 8 * HOP_SIZE), 0.4))
+    assert model.level == pytest.approx(0.202)
+
+
+@pytest.mark.parametrize("times", [1e-4, 0.1, 10.0])
+def test_a_recording_is_heard_alike_at_any_level(times, float32):
+    model, audio = lively("harmonic"), noise(20 * HOP_SIZE)
+    audio[5 * HOP_SIZE :] *= 0.3
+    for a, b in zip(model.infer(audio), model.infer(times * audio)):
+        assert a.std() > 0.01 and (a - b).abs().max() < 1e-3
+
+
+def test_pauses_do_not_make_a_recording_louder():
+    model, audio = lively("rnn"), noise(20 * HOP_SIZE)
+    assert model.gain_for(0.5 * audio) == pytest.approx(2, rel=0.02)
+    paused = torch.cat([audio, 1e-3 * noise(400 * HOP_SIZE)])
+    assert model.gain_for(paused) == pytest.approx(float(model.gain_for(audio)), rel=1e-6)
+
+
+def test_silence_and_recordings_of_a_model_that_knows_no_level_stay_as_they_are(tmp_path):
+    model = lively("rnn")
+    for audio in (torch.zeros(0), torch.zeros(5 * HOP_SIZE), noise(HOP_SIZE - 1)):
+        assert model.gain_for(audio) == 1
+    save_checkpoint(tmp_path / "model.pt", model)
+    assert load_checkpoint(tmp_path / "model.pt").level == model.level > 0
+    state = read_checkpoint(tmp_path / "model.pt")
+    del state["weights"]["level"]  # as versions before it wrote them
+    assert model_of(state, "older.pt").gain_for(noise(5 * HOP_SIZE)) == 1
 
 
 @pytest.mark.parametrize("chunk_frames", [1, 2, 5, 13])
@@ -664,7 +705,7 @@ def test_the_state_of_the_course_baseline_has_the_courses_names():
     assert {"frame_conv_stack.cnn.0.weight", "frame_conv_stack.cnn.1.running_mean", "frame_conv_stack.cnn.3.weight",
             "frame_conv_stack.cnn.8.weight", "frame_conv_stack.cnn.9.running_var", "frame_conv_stack.fc.0.weight", "frame_fc.weight",
             "onset_conv_stack.cnn.0.weight", "onset_fc.bias"} <= names
-    heads = ("frame_conv_stack.", "frame_fc.", "onset_conv_stack.", "onset_fc.", "melspectrogram.")
+    heads = ("frame_conv_stack.", "frame_fc.", "onset_conv_stack.", "onset_fc.", "melspectrogram.", "level")
     assert all(name.startswith(heads) for name in names)
 
 

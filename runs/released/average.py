@@ -1,7 +1,7 @@
 """Average checkpoints of one run, or of it and what it began with: `python runs/released/average.py A.pt B.pt … OUT.pt --data FOLDER …`.
 
 After Izmailov et al., UAI 2018: what the last checkpoints of a run agree on holds better elsewhere than any one of them, and
-costs nothing. Their batch norms' statistics are averaged like weights. The thresholds are tuned anew on the data's validation split; all else the checkpoint says is of the last one named.
+costs nothing. Their batch norms' statistics are averaged like weights. The thresholds are tuned anew on the data's validation split, in full; all else the checkpoint says is of the last one named.
 """
 
 import argparse
@@ -12,7 +12,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from dataset import load_split  # noqa: E402  # after the path
 from model import keep_pages, model_of, read_checkpoint, write_state  # noqa: E402
-from train import REPORTED, VALIDATION_SECONDS, validate  # noqa: E402
+from train import REPORTED, validate  # noqa: E402
 
 SAME = ("model", "sizes", "recipe")  # in all of them
 
@@ -33,7 +33,7 @@ def main(argv: list[str] | None = None) -> int:
         mean = {name: value for name, value in states[-1].items() if name not in ("optimizer", "scheduler")} | {"weights": weights}
         model = model_of(mean, args.checkpoints[-1])
         keep_pages()
-        scores = validate(model, [recording.until(VALIDATION_SECONDS) for recording in load_split(args.data, "validation")])
+        scores = validate(model, load_split(args.data, "validation"))
         print("\n".join(f"{name:30}: {scores[name]:.4f}" for name in REPORTED))
         write_state(args.out, mean | {"thresholds": model.thresholds})
     except (OSError, ValueError) as error:
