@@ -34,6 +34,8 @@ MAPS_TEST_PIANOS = ("ENSTDkAm", "ENSTDkCl")  # the Disklavier, near and far: tes
 HELD_OUT = 10           # one composition in this many is validation, where a source has no split of its own
 MATCH_SECONDS = 0.05    # as far apart a MAPS note list and its MIDI file may put one note
 PEDALS = (SUSTAIN_PEDAL, 66, 67)  # and sostenuto and soft pedal: controllers of MIDI 1.0
+PEDAL_CHOICES = ("own", "none", "unlisted")  # see `render_file`
+CHORD_SECONDS = 0.05    # strikes so close are of one chord
 NO_VELOCITY = 64        # for a note of a list that its MIDI file lacks
 SLACK_SECONDS = 1.0     # by which a recording's length may miss its table's, or its MIDI file's
 
@@ -276,17 +278,49 @@ def make_maps(source: Path, out: Path, workers: int) -> int:
 
 # --- render ---
 
-def render_file(audio: Path, midi: Path, source: Path, soundfont: Path, pedals: bool) -> float:
+def legato_pedal(onsets: np.ndarray, end: float, random: np.random.Generator) -> list[tuple[float, int]]:
+    """A sustain pedal made up for strikes at `onsets` (N,) in seconds: (seconds, CC64 value), before `end` and a little after.
+
+    In three of four passages of 3 to 15 s it goes up with a chord and down again before the next, every second or so, as
+    pianists hold harmonies (legato pedalling).
+    """
+    onsets = np.sort(onsets)
+    chords = onsets[np.diff(onsets, prepend=-1) > CHORD_SECONDS]
+    changes, start = [], 0.0
+    while start < end:
+        stop, every, down = start + random.uniform(3, 15), random.uniform(0.3, 2), None
+        for chord in chords[(chords >= start) & (chords < stop)] if random.random() < 0.75 else ():
+            if down is None or chord - down >= every * random.uniform(0.7, 1.3):
+                if down is not None:
+                    changes.append((chord + random.uniform(-0.02, 0.05), 0))
+                down = chord + random.uniform(0.06, 0.2)
+                changes.append((down, 127))
+        if down is not None:
+            changes.append((max(down + 0.1, stop - random.uniform(0, 0.5)), 0))
+        start = max(stop, changes[-1][0]) if changes else stop
+    return changes
+
+
+def render_file(audio: Path, midi: Path, source: Path, soundfont: Path, pedals: str) -> float:
+    """Play a performance with its `own` pedals, with `none`, or with one that is heard but `unlisted`: made up, and not in the MIDI
+    file, where notes end with their keys, as in MAPS. It is the same whenever this SoundFont plays a file of this name."""
     performance = open_midi(source)
-    if not pedals:
+    if pedals != "own":
         for instrument in performance.instruments:
             instrument.control_changes = [change for change in instrument.control_changes if change.number not in PEDALS]
-    save_audio(audio, render_midi(performance, soundfont))
     with written_whole(midi) as temporary:
-        if pedals:
+        if pedals == "own":
             shutil.copyfile(source, temporary)
         else:
             performance.write(str(temporary))
+    if pedals == "unlisted":
+        random = np.random.default_rng(int(rank_of(f"{soundfont.stem} {source.name}"), 16))
+        onsets = np.array([note.start for instrument in performance.instruments for note in instrument.notes])
+        pedal = [pretty_midi.ControlChange(SUSTAIN_PEDAL, value, max(0, seconds))
+                 for seconds, value in legato_pedal(onsets, performance.get_end_time(), random)]
+        for instrument in performance.instruments:  # each staff has a channel of its own
+            instrument.control_changes += pedal
+    save_audio(audio, render_midi(performance, soundfont))
     return seconds_of(audio)
 
 
@@ -318,8 +352,8 @@ def performances_of(source: Path, split: str | None) -> list[tuple[Path, Row]]:
     return performances
 
 
-def make_render(source: Path, out: Path, soundfonts: list[Path], split: str | None, deal: bool, pedals: bool, workers: int) -> int:
-    """Every MIDI performance of a folder, played on every SoundFont; or, dealt, on one of them in turn; with its pedals or without."""
+def make_render(source: Path, out: Path, soundfonts: list[Path], split: str | None, deal: bool, pedals: str, workers: int) -> int:
+    """Every MIDI performance of a folder, played on every SoundFont; or, dealt, on one of them in turn; `pedals` as for `render_file`."""
     if not has_fluidsynth():
         raise ValueError("libfluidsynth is missing: apt-get install fluidsynth")
     performances = performances_of(source, split)
@@ -454,7 +488,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     render = command("render", "MIDI performances, played on SoundFonts", ("source", "a folder of MIDI files, or a data folder"), out)
     render.add_argument("--soundfont", type=Path, nargs="+", default=[default_soundfont()], help="each plays everything")
     render.add_argument("--deal", action="store_true", help="each performance is played on one of the SoundFonts, in turn")
-    render.add_argument("--without_pedals", action="store_true", help="leave the pedals out, so that every note ends with its key")
+    render.add_argument("--pedals", choices=PEDAL_CHOICES, default="own", help="of the MIDI file; none, so that every note ends with its key; or "
+                        "unlisted: a sustain pedal is made up that is heard and not in the new MIDI file, as in MAPS")
     render.add_argument("--split", choices=SPLITS, help="put all into this split; of a data folder, take this split; "
                         "by default one piece in ten is validation, one test, and a data folder keeps its splits")
     hold = command("hold-out", "a data folder parted by piano: OUT/rest to train on, OUT/unseen to validate on pianos it has not heard",
@@ -475,7 +510,7 @@ def main(argv: list[str] | None = None) -> int:
         if args.command == "maps":
             return make_maps(args.source, args.out, args.num_workers)
         if args.command == "render":
-            return make_render(args.source, args.out, args.soundfont, args.split, args.deal, not args.without_pedals, args.num_workers)
+            return make_render(args.source, args.out, args.soundfont, args.split, args.deal, args.pedals, args.num_workers)
         if args.command == "hold-out":
             return hold_out(args.source, args.out, args.piano)
         return check(args.folder, args.num_workers)

@@ -20,7 +20,7 @@ from constants import HOP_SIZE, SAMPLE_RATE
 from dataset import COLUMNS, load_split, read_table
 from files import write_json
 from notes import Notes, notes_to_midi, read_midi, write_midi
-from prepare import main
+from prepare import legato_pedal, main
 
 needs_fluidsynth = pytest.mark.skipif(not has_fluidsynth(), reason="libfluidsynth is not installed")
 ONE = ["--num_workers", "1"]
@@ -361,7 +361,7 @@ def test_without_pedals_notes_end_with_their_keys(tmp_path):
     (tmp_path / "midi").mkdir()
     midi.write(str(tmp_path / "midi/a.mid"))
     rang = {}
-    for name, *flags in (("with",), ("without", "--without_pedals")):
+    for name, *flags in (("with",), ("without", "--pedals", "none")):
         assert run("render", tmp_path / "midi", tmp_path / name, *flags) == 0
         (row,) = read_table(tmp_path / name)
         notes = read_midi(tmp_path / name / row["midi_filename"])
@@ -370,6 +370,43 @@ def test_without_pedals_notes_end_with_their_keys(tmp_path):
         left = pretty_midi.PrettyMIDI(str(tmp_path / name / row["midi_filename"])).instruments[0].control_changes
         assert [change.number for change in left] == ([7] if flags else [7, 67, 64, 66, 64, 66])
     assert rang["without"] < 0.05 * rang["with"]
+
+
+@needs_fluidsynth
+def test_an_unlisted_pedal_is_heard_and_not_written(tmp_path):
+    """Detached notes ring on in most gaps, while the MIDI file ends them with their keys; the same again the next time."""
+    midi = pretty_midi.PrettyMIDI()
+    right, left = pretty_midi.Instrument(0), pretty_midi.Instrument(0)
+    right.notes = [pretty_midi.Note(90, 72, second, second + 0.2) for second in np.arange(0, 40, 0.5)]
+    left.notes = [pretty_midi.Note(90, 48, second, second + 0.2) for second in np.arange(0, 40, 2)]
+    right.control_changes = [pretty_midi.ControlChange(64, 127, 0.0)]  # down all the time, and to be left out
+    midi.instruments += [right, left]
+    (tmp_path / "midi").mkdir()
+    midi.write(str(tmp_path / "midi/a.mid"))
+    sound = {}
+    for name, pedals in (("none", "none"), ("unlisted", "unlisted"), ("again", "unlisted")):
+        assert run("render", tmp_path / "midi", tmp_path / name, "--pedals", pedals) == 0
+        (row,) = read_table(tmp_path / name)
+        notes = read_midi(tmp_path / name / row["midi_filename"])
+        np.testing.assert_allclose(notes.intervals[:, 1] - notes.intervals[:, 0], 0.2, atol=0.003)
+        assert not pretty_midi.PrettyMIDI(str(tmp_path / name / row["midi_filename"])).instruments[0].control_changes
+        sound[name] = load_audio(tmp_path / name / row["audio_filename"])
+    np.testing.assert_array_equal(sound["unlisted"], sound["again"])
+    gaps = np.arange(0, 40, 0.5)[:, None] + [0.42, 0.49]  # of those without a pedal nothing is left there
+    ring = np.array([[level(sound[name], *gap) for gap in gaps] for name in ("none", "unlisted")])
+    held = ring[1] > 5 * ring[0]
+    assert 0.4 < held.mean() < 0.95
+
+
+def test_a_made_up_pedal_changes_with_chords():
+    """It never goes down twice, stays down at least a tenth of a second, and is up at the end; one strike and none at all do no harm."""
+    for onsets in (np.arange(0, 100, 0.25), np.arange(0, 100, 0.06), np.array([3.0]), np.zeros(0)):
+        for seed in range(10):
+            changes = legato_pedal(onsets, 101.0, np.random.default_rng(seed))
+            seconds, values = np.array([second for second, _ in changes]), [value for _, value in changes]
+            assert values == [127, 0] * (len(values) // 2)
+            assert (np.diff(seconds) > 0).all() and (seconds[1::2] - seconds[::2] >= 0.0999).all()
+            assert (len(changes) > 20) == (len(onsets) > 1)
 
 
 @needs_fluidsynth
