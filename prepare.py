@@ -34,7 +34,6 @@ MAPS_TEST_PIANOS = ("ENSTDkAm", "ENSTDkCl")  # the Disklavier, near and far: tes
 HELD_OUT = 10           # one composition in this many is validation, where a source has no split of its own
 MATCH_SECONDS = 0.05    # as far apart a MAPS note list and its MIDI file may put one note
 PEDALS = (SUSTAIN_PEDAL, 66, 67)  # and sostenuto and soft pedal: controllers of MIDI 1.0
-PEDAL_CHOICES = ("own", "none", "unlisted")  # see `render_file`
 CHORD_SECONDS = 0.05    # strikes so close are of one chord
 NO_VELOCITY = 64        # for a note of a list that its MIDI file lacks
 SLACK_SECONDS = 1.0     # by which a recording's length may miss its table's, or its MIDI file's
@@ -488,8 +487,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     render = command("render", "MIDI performances, played on SoundFonts", ("source", "a folder of MIDI files, or a data folder"), out)
     render.add_argument("--soundfont", type=Path, nargs="+", default=[default_soundfont()], help="each plays everything")
     render.add_argument("--deal", action="store_true", help="each performance is played on one of the SoundFonts, in turn")
-    render.add_argument("--pedals", choices=PEDAL_CHOICES, default="own", help="of the MIDI file; none, so that every note ends with its key; or "
-                        "unlisted: a sustain pedal is made up that is heard and not in the new MIDI file, as in MAPS")
+    render.add_argument("--pedals", choices=("own", "none", "unlisted"), default="own", help="those of the MIDI file; none, so that every note ends "
+                        "with its key; or a made-up sustain pedal that is heard and not in the new MIDI file, as in MAPS")
     render.add_argument("--split", choices=SPLITS, help="put all into this split; of a data folder, take this split; "
                         "by default one piece in ten is validation, one test, and a data folder keeps its splits")
     hold = command("hold-out", "a data folder parted by piano: OUT/rest to train on, OUT/unseen to validate on pianos it has not heard",
