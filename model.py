@@ -74,7 +74,9 @@ class Recipe:
             raise ValueError(f"onset_target is one of {', '.join(ONSET_PLACES)}, not {self.onset_target!r}")
 
 
-RECIPES = {"default": Recipe(), "course": Recipe(False, False, False, 88, False, False, False, 6e-4, "one", 0.0, 0.0, 0.0, 0.0, 0.0, 0, 1.0)}
+RECIPES = {"default": Recipe(), "course": Recipe(
+    normalise_mel=False, residual=False, base_rate_bias=False, combined_unit=88, tune_thresholds=False, cosine=False, clip_jointly=False,
+    learning_rate=6e-4, onset_target="one", gain_db=0.0, equalise_db=0.0, room=0.0, noise=0.0, detune=0.0, transpose=0, offset_weight=1.0)}
 
 
 def parse_recipe(text: str) -> Recipe:
