@@ -51,10 +51,10 @@ class Notes:
 
     @cached_property
     def frames(self) -> np.ndarray:
-        """(2, N) int64: the frame of each strike, and the first in which the note is silent. Kept, for every segment asks for them."""
+        """(2, N) int32: the frame of each strike, and the first in which the note is silent. Kept, and small, for every segment asks for them."""
         # one sample back: a note that ends where frame t begins does not sound in frame t
         first, last = seconds_to_frames(self.intervals - ONE_SAMPLE_BACK).T
-        return np.stack([first, np.maximum(first, last) + 1])
+        return np.stack([first, np.maximum(first, last) + 1]).astype(np.int32)
 
     def until(self, seconds: float) -> "Notes":
         """The notes that begin before `seconds`, cut off there."""
