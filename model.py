@@ -34,9 +34,11 @@ FRAME_RATE = 0.03
 # what the model `harmonic` reads of a key, half of it to tell octaves apart, and semitones beside each; a checkpoint holds for these alone
 HARMONICS = (0.5, 1.0, 2.0, 3.0, 4.0, 5.0, 6.0, 7.0, 8.0, 10.0, 12.0, 15.0)
 PLACES = (-1 / 3, 0.0, 1 / 3)
+AROUND = 24         # semitones to either side in which it hears what other keys do
 CONTEXT = 3         # frames that three 3 x 3 convolutions see to either side
 SIDE = (N_FFT - HOP_SIZE) // 2  # samples that a Fourier window reaches past its frame on either side
 RELEASED = Path(__file__).parent / "runs" / "released" / "harmonic.pt"  # which of those that come with the code is used
+LATER = ("level", "around")  # what older checkpoints do not have; a new model's changes nothing in what it hears
 LEVEL_RATE = 0.01   # weight of the latest batch in the level that training hears
 CHUNK_FRAMES = 352  # frames convolved at a time in a long recording, 11 s, and twice as many on a CPU: big enough to be fast, flat in memory
 
@@ -381,7 +383,8 @@ class Harmonic(Transcriber):
 
     The spectrogram is read at each key's harmonics (as in Bittner et al., ISMIR 2017, but from the log-mel that all models
     have), so that what is learnt of one key holds for all. Convolutions over keys follow, then an LSTM which runs along
-    each key by itself; it also hears the mean over all keys. Onsets and frames are two outputs of it.
+    each key by itself; it also hears what the keys within two octaves do, for a note often ends when another of its voice begins,
+    and the mean over all keys. Onsets and frames are two outputs of it.
     """
 
     def __init__(self, sizes: Sizes, recipe: Recipe) -> None:
@@ -390,6 +393,10 @@ class Harmonic(Transcriber):
         self.register_buffer("harmonics", harmonic_filters(), persistent=False)
         self.stack = HarmonicStack(self.harmonics.shape[2], units)
         self.key_fc, self.all_fc = nn.Linear(units, key_units), nn.Linear(units, all_units)
+        self.around = nn.Sequential(nn.Conv2d(units, all_units, 1), nn.ReLU(inplace=True),
+                                    nn.Conv2d(all_units, key_units, (1, 2 * AROUND + 1), padding=(0, AROUND)))
+        for parameter in self.around[2].parameters():
+            nn.init.zeros_(parameter)  # at first a key hears itself
         self.lstm = nn.LSTM(key_units + all_units, hidden, batch_first=True, bidirectional=True)
         self.fc = nn.Linear(2 * hidden, 2, bias=False)
         self.path_fc = nn.Linear(key_units, 2, bias=False) if recipe.residual else None
@@ -399,8 +406,9 @@ class Harmonic(Transcriber):
     def convolve(self, mel: Tensor) -> tuple[Tensor, ...]:
         """(B, T, M) -> what is heard of each key (B, T, K * C), and of all (B, T, C')."""
         x = (mel @ self.harmonics.flatten(1)).unflatten(2, (N_KEYS, -1))       # (B, T, M) @ (M, K * C) -> (B, T, K, C)
-        x = self.stack(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)              # channels-last memory as it is
-        return self.key_fc(x).flatten(2), self.all_fc(x.mean(dim=2))
+        x = self.stack(x.permute(0, 3, 1, 2))                                  # (B, C, T, K), channels-last memory as it is
+        around, x = self.around(x).permute(0, 2, 3, 1), x.permute(0, 2, 3, 1)
+        return (self.key_fc(x) + around).flatten(2), self.all_fc(x.mean(dim=2))
 
     def recur(self, key: Tensor, every: Tensor) -> tuple[Tensor, Tensor]:
         with torch.autocast("cuda", enabled=False):  # as in_context has it
@@ -569,7 +577,8 @@ def model_of(state: dict[str, Any], path: str | Path) -> Transcriber:
         # what a recipe does not name came after it was written, and was then done as in the course's
         recipe = Recipe(**{**dataclasses.asdict(RECIPES["course"]), **state["recipe"]})
         model = build_model(state["model"], Sizes(**state["sizes"]), recipe)
-        model.load_state_dict({"level": torch.tensor(0.0), **state["weights"]})  # which older ones do not know
+        own = model.state_dict()
+        model.load_state_dict({**{name: own[name] for name in own if name.split(".")[0] in LATER}, **state["weights"]})
         model.thresholds = {head: float(state["thresholds"][head]) for head in ("onset", "frame")}
     except (TypeError, ValueError, RuntimeError, KeyError, AttributeError) as error:
         raise ValueError(f"{path}: does not fit this version of the models ({str(error).splitlines()[0]})") from error

@@ -1,4 +1,4 @@
-"""The SoundFont that part of the released checkpoint's data was played on, made of samples of our own and played."""
+"""The SoundFonts that part of the released checkpoint's data was played on, made of samples of our own and played."""
 
 import importlib.util
 from pathlib import Path
@@ -72,9 +72,31 @@ def test_the_highest_strings_have_no_dampers(samples, tmp_path):
     assert after[1] > 10 * after[0]
 
 
+@pytest.mark.skipif(not has_fluidsynth(), reason="libfluidsynth is missing")
+def test_of_a_single_layer_soft_notes_are_softer_and_duller(tmp_path):
+    (tmp_path / "samples").mkdir()
+    time = np.arange(RATE) / RATE
+    for name, hertz in (("G4", 392.0), ("Gs4", 415.3), ("A4", 440.0)):
+        soundfile.write(tmp_path / "samples" / f"{name}.wav", 0.3 * np.sin(2 * np.pi * hertz * time) + 0.3 * np.sin(16 * np.pi * hertz * time), RATE)
+    assert soundfont.main([str(tmp_path / "samples"), str(tmp_path / "out.sf2")]) == 0
+    pitches, velocities = [67, 68, 69, 72], [20, 120]
+    notes = [(pitch, velocity) for pitch in pitches for velocity in velocities]
+    onsets = 0.5 + np.arange(len(notes))
+    audio = played(Notes(np.stack([onsets, onsets + 0.45], axis=1), *zip(*notes)), tmp_path / "out.sf2")
+    spectra = []
+    for onset, (pitch, _) in zip(onsets, notes):
+        spectrum = abs(np.fft.rfft(audio[round(onset * SAMPLE_RATE) :][: SAMPLE_RATE * 2 // 5] * np.hanning(SAMPLE_RATE * 2 // 5)))
+        tone, eighth = (0.4 * 440 * 2 ** ((pitch - 69) / 12) * n for n in (1, 8))
+        assert abs(np.argmax(spectrum[: round(4 * tone)]) - tone) < 1.5
+        spectra.append((spectrum[round(tone) - 2 : round(tone) + 3].max(), spectrum[round(eighth) - 4 : round(eighth) + 5].max()))
+    for (soft, soft_eighth), (loud, loud_eighth) in zip(spectra[::2], spectra[1::2]):
+        assert 20 < 20 * np.log10(loud / soft) < 40
+        assert soft_eighth / soft < 0.7 * loud_eighth / loud
+
+
 @pytest.mark.parametrize("kind, message", [("empty", "holds no samples like A0v1.ogg"), ("missing", "holds no samples"),
                                            ("broken", "A4v1.ogg: cannot be read"), ("short", "A4v1.ogg: is shorter"),
-                                           ("incomplete", "A4v1.ogg: cannot be read")])
+                                           ("incomplete", "there is no layer 1 beside it")])
 def test_bad_samples_are_named_and_nothing_is_written(kind, message, samples, tmp_path, capsys):
     folder = tmp_path / kind if kind in ("empty", "missing") else samples
     if kind == "empty":
