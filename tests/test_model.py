@@ -21,6 +21,7 @@ import model as model_module
 from constants import HOP_SIZE, N_KEYS, N_MELS
 from layers import BatchNorm, Dropout, PoolRectifyDrop
 from model import (
+    AROUND,
     CHUNK_FRAMES,
     FRAME_RATE,
     HARMONICS,
@@ -216,13 +217,15 @@ def test_other_models_have_independent_heads(name):
 
 @pytest.mark.parametrize("recipe", RECIPES)
 def test_parameters_of_the_harmonic_model(recipe):
-    """Five convolutions of 96 channels with biases and batch norms, two linear layers, one LSTM of 64 units, and two outputs a key."""
+    """Five convolutions of 96 channels with biases and batch norms, two linear layers, two convolutions over four octaves, one LSTM of
+    64 units, and two outputs a key."""
     convolutions = sum(taps * inputs * 96 + 3 * 96 for taps, inputs in ((9, 36), (9, 96), (5, 96), (9, 96), (3, 96)))
     linear = 96 * 32 + 32 + 96 * 16 + 16
+    around = 96 * 16 + 16 + 49 * 16 * 32 + 32
     lstm = 2 * (4 * 64 * (48 + 64) + 8 * 64)
     outputs = 128 * 2 + 2 * 88
     path = 2 * 32 * RECIPES[recipe].residual
-    assert n_parameters(build_model("harmonic", recipe=RECIPES[recipe])) == convolutions + linear + lstm + outputs + path
+    assert n_parameters(build_model("harmonic", recipe=RECIPES[recipe])) == convolutions + linear + around + lstm + outputs + path
 
 
 def test_harmonic_filters_read_between_the_bands():
@@ -267,6 +270,34 @@ def test_keys_of_the_harmonic_model_hear_the_others():
         changed = (model.recur(key.flatten(2), every)[0] - before).abs().amax(dim=(0, 1)) > 1e-4
         assert changed[0] and not changed[1:].any()
         assert ((model.recur(torch.zeros_like(key).flatten(2), every + 1)[0] - before).abs().amax(dim=(0, 1)) > 1e-4).all()
+
+
+def test_keys_of_the_harmonic_model_hear_those_within_two_octaves():
+    """A layer that begins with zeros: until it has learnt, and in a checkpoint that does not have it, a key hears itself."""
+    model = build_model("harmonic", SMALL).eval()
+    heard = torch.zeros(1, 2 * SMALL.cnn_unit, 5, N_KEYS)
+    one = heard.clone()
+    one[..., 40] = 1
+    with torch.no_grad():
+        assert not model.around(one).any()
+        model.around[2].weight.copy_(torch.randn_like(model.around[2].weight))
+        reached = (model.around(one) - model.around(heard)).abs().amax(dim=(0, 1, 2)) > 1e-4
+    assert reached.nonzero().flatten().tolist() == list(range(40 - AROUND, 40 + AROUND + 1))
+
+
+def test_a_harmonic_model_from_before_keys_heard_those_around_them_hears_what_it_heard(tmp_path):
+    model = build_model("harmonic", SMALL).eval()
+    save_checkpoint(tmp_path / "model.pt", model)
+    state = read_checkpoint(tmp_path / "model.pt")
+    for name in [name for name in state["weights"] if name.startswith("around.")]:
+        del state["weights"][name]
+    audio = noise(1, 8 * HOP_SIZE)
+    with torch.no_grad():
+        for new, old in zip(model(audio), model_of(state, tmp_path / "model.pt")(audio)):
+            assert torch.equal(new, old)
+    del state["weights"]["fc.weight"]
+    with pytest.raises(ValueError, match="does not fit this version"):
+        model_of(state, tmp_path / "model.pt")
 
 
 # --- convolutions and layers of our own ---
