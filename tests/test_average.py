@@ -9,7 +9,7 @@ import torch
 from conftest import ROOT
 
 from constants import HOP_SIZE
-from model import RECIPES, Sizes, build_model, load_checkpoint, read_checkpoint, save_checkpoint
+from model import RECIPES, Sizes, build_model, load_checkpoint, read_checkpoint, save_checkpoint, write_state
 
 sys.path.insert(0, str(ROOT / "runs" / "released"))
 
@@ -39,12 +39,16 @@ def test_weights_are_averaged_and_thresholds_tuned(tmp_path: Path, data_folder: 
     assert "metric/note-with-offsets/f1" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("other", ["sizes", "recipe", "missing", "no data"])
+@pytest.mark.parametrize("other", ["sizes", "recipe", "layers", "missing", "no data"])
 def test_what_cannot_be_averaged_is_said_in_a_line(tmp_path: Path, data_folder: Path, capsys, other: str):
     last = checkpoint(tmp_path / "last.pt", 0)
     first = tmp_path / "first.pt"
     if other != "missing":
         checkpoint(first, 1, Sizes(4, 16, 8) if other == "sizes" else SMALL, **({"room": 0.1} if other == "recipe" else {}))
+    if other == "layers":  # of a version whose models had one less
+        state = read_checkpoint(first)
+        del state["weights"]["level"]
+        write_state(first, state)
     data = tmp_path / "nowhere" if other == "no data" else data_folder
     assert average.main([str(first), str(last), str(tmp_path / "mean.pt"), "--data", str(data)]) == 1
     error = capsys.readouterr().err

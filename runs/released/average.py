@@ -26,8 +26,8 @@ def main(argv: list[str] | None = None) -> int:
     try:
         states = [read_checkpoint(path) for path in args.checkpoints]
         for path, state in zip(args.checkpoints, states):
-            if any(state[name] != states[-1][name] for name in SAME):
-                raise ValueError(f"{path}: differs from {args.checkpoints[-1]} in its {' or '.join(SAME)}")
+            if any(state[name] != states[-1][name] for name in SAME) or state["weights"].keys() != states[-1]["weights"].keys():
+                raise ValueError(f"{path}: differs from {args.checkpoints[-1]} in its {', '.join(SAME)} or layers")
         weights = {name: sum(state["weights"][name] for state in states) / len(states) if last.is_floating_point() else last
                    for name, last in states[-1]["weights"].items()}
         mean = {name: value for name, value in states[-1].items() if name not in ("optimizer", "scheduler")} | {"weights": weights}
