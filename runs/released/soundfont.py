@@ -97,7 +97,7 @@ def soundfont_of(folder: Path) -> bytes:
             audio, rate = read_sample(path)
             release = UNDAMPED[1] if key >= UNDAMPED[0] else RELEASE
             zone = [struct.pack("<HBB", 43, low, high - 1),                               # keyRange
-                    struct.pack("<HBB", 44, *layers[layer]),                           # velRange
+                    struct.pack("<HBB", 44, *layers[layer]),                              # velRange
                     *[struct.pack("<Hh", 8, CUTOFF)] * single,                            # initialFilterFc
                     struct.pack("<Hh", 38, round(1200 * math.log2(release))),             # releaseVolEnv
                     struct.pack("<HH", 53, len(headers))]                                 # sampleID, last
