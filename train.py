@@ -341,6 +341,8 @@ def train(args: argparse.Namespace, data: dict[str, list[Recording]], device: to
     torch.manual_seed(args.seed)
     if args.state:
         model = model_of(args.state, args.resume).to(device)
+        if any(name not in args.state["weights"] for name, _ in model.named_parameters()):  # nor does its optimizer know them
+            raise ValueError(f"{args.resume}: has fewer layers than the model has now; --weights {args.resume} can begin with its weights")
     else:
         model = build_model(args.model, Sizes(args.cnn_unit, args.fc_unit), parse_recipe(args.recipe))
         anew = begin_with(model, args.weights) if args.weights else []

@@ -408,6 +408,18 @@ def test_weights_alone_are_not_resumed(checkpoint, capsys):
     assert "holds weights only" in capsys.readouterr().err
 
 
+def test_a_run_of_a_model_that_has_grown_is_not_resumed(data_folder, tmp_path, capsys):
+    assert train.main(tiny(data_folder, tmp_path / "run", "--model", "harmonic", "-i", "1")) == 0
+    state = state_of(tmp_path / "run" / "model-1.pt")
+    state["weights"] = {name: value for name, value in state["weights"].items() if not name.startswith("around.")}
+    torch.save(state, tmp_path / "older.pt")
+    capsys.readouterr()
+    assert train.main(["--resume", str(tmp_path / "older.pt"), "-i", "2", "--logdir", str(tmp_path / "more")]) == 1
+    error = capsys.readouterr().err
+    assert "older.pt: has fewer layers than the model has now" in error and error.count("\n") == 1
+    assert not (tmp_path / "more").exists() or not any((tmp_path / "more").iterdir())
+
+
 # --- beginning with other weights ---
 
 def test_a_run_begins_with_the_weights_it_is_given(finished, data_folder, tmp_path, capsys):
