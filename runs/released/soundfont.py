@@ -36,7 +36,7 @@ SECONDS = 15          # of a sample at most
 LEAD = 0.004          # seconds of a sample before its sound has risen to a tenth of its peak
 RELEASE = 0.5         # seconds until a damped string has fallen by 100 dB
 UNDAMPED = (90, 8.0)  # the key from which a grand piano has no dampers, and those seconds there
-SOFTER = 500, 960     # cB, amount of the attenuation by velocity: as the specification has it, but for layers, which differ by 18 dB themselves
+SOFTER = 500          # cB, attenuation by velocity of layers, which differ by 18 dB themselves; a single one has the specification's 960
 CUTOFF = 12000        # cents above 8.2 Hz, 8.4 kHz: where the filter for a single layer cuts off the loudest notes
 DULLER = 3600         # cents that it lies lower for the softest
 SILENCE = 46          # samples between two, as the specification wants
@@ -68,7 +68,7 @@ def read_sample(path: Path) -> tuple[np.ndarray, int]:
 
 
 def samples_in(folder: Path) -> dict[int, dict[int, Path]]:
-    """The samples of each key, in order, by layer; the only one is 0. Raises ValueError where there are none."""
+    """The samples of each key, in order, by layer, those of LAYERS or of ONE_LAYER; raises ValueError where some are missing."""
     samples: dict[int, dict[int, Path]] = {}
     for path in sorted(folder.glob("*")):
         match = re.fullmatch(r"([A-G])([#s]?)(\d)(?:v(\d+)\.ogg|\.wav)", path.name)
@@ -89,36 +89,36 @@ def soundfont_of(folder: Path) -> bytes:
     sounds, headers, generators, bags = [], [], [], []
     position = n_generators = 0
     samples = samples_in(folder)
-    layers = LAYERS if len(next(iter(samples.values()))) == len(LAYERS) else ONE_LAYER
-    single = layers is ONE_LAYER
+    single = all(paths.keys() == ONE_LAYER.keys() for paths in samples.values())
     lowest = [0, *((low + high) // 2 + 1 for low, high in itertools.pairwise(samples)), 128]  # of the keys that each sample plays
     for (key, paths), low, high in zip(samples.items(), lowest, lowest[1:]):
         for layer, path in paths.items():
             audio, rate = read_sample(path)
             release = UNDAMPED[1] if key >= UNDAMPED[0] else RELEASE
             zone = [struct.pack("<HBB", 43, low, high - 1),                               # keyRange
-                    struct.pack("<HBB", 44, *layers[layer]),                              # velRange
+                    struct.pack("<HBB", 44, *(ONE_LAYER if single else LAYERS)[layer]),   # velRange
                     *[struct.pack("<Hh", 8, CUTOFF)] * single,                            # initialFilterFc
                     struct.pack("<Hh", 38, round(1200 * math.log2(release))),             # releaseVolEnv
                     struct.pack("<HH", 53, len(headers))]                                 # sampleID, last
-            bags.append(struct.pack("<HH", n_generators, len(bags) * (1 + single)))
+            bags.append(struct.pack("<HH", n_generators, len(bags)))                      # with one modulator each
             n_generators += len(zone)
             generators += zone
             end = position + len(audio)
             headers.append(struct.pack("<20sIIIIIBbHH", path.stem.encode(), position, end, position + 8, end - 8, rate, key, 0, 0, 1))
             sounds.append(np.pad(audio, (0, SILENCE)).tobytes())
             position = end + SILENCE
-    by_velocity = struct.pack("<HHhHH", 0x0502, 48, SOFTER[single], 0, 0)                 # to initialAttenuation, concave
-    by_velocity += struct.pack("<HHhHH", 0x0102, 8, -DULLER, 0, 0) * single               # to initialFilterFc, linear
-    name, notice = ((b"Salamander", b"Salamander Grand Piano V3 by Alexander Holm, CC BY 3.0"),
-                    (b"tonejs-instruments", b"tonejs-instruments by Nicholaus P. Brosowsky, CC BY 3.0"))[single]
+    if single:
+        by_velocity = struct.pack("<HHhHH", 0x0102, 8, -DULLER, 0, 0)                     # to initialFilterFc, linear
+        name, notice = b"tonejs-instruments", b"tonejs-instruments by Nicholaus P. Brosowsky, CC BY 3.0"
+    else:
+        by_velocity = struct.pack("<HHhHH", 0x0502, 48, SOFTER, 0, 0)                     # to initialAttenuation, concave
+        name, notice = b"Salamander", b"Salamander Grand Piano V3 by Alexander Holm, CC BY 3.0"
     presets = [struct.pack("<20sHHHIII", name, 0, 0, bag, 0, 0, 0) for name, bag in ((name, 0), (b"EOP", 1))]
     instruments = [struct.pack("<20sH", name, bag) for name, bag in ((name, 0), (b"EOI", len(bags)))]
-    bags.append(struct.pack("<HH", n_generators, len(bags) * (1 + single)))
     pdta = [chunk(b"phdr", *presets), chunk(b"pbag", struct.pack("<HHHH", 0, 0, 1, 0)), chunk(b"pmod", bytes(10)),
             chunk(b"pgen", struct.pack("<HHHH", 41, 0, 0, 0)),                            # instrument
-            chunk(b"inst", *instruments), chunk(b"ibag", *bags),
-            chunk(b"imod", by_velocity * (len(bags) - 1), bytes(10)), chunk(b"igen", *generators, bytes(4)),
+            chunk(b"inst", *instruments), chunk(b"ibag", *bags, struct.pack("<HH", n_generators, len(bags))),
+            chunk(b"imod", by_velocity * len(bags), bytes(10)), chunk(b"igen", *generators, bytes(4)),
             chunk(b"shdr", *headers, struct.pack("<20s26x", b"EOS"))]
     info = [chunk(b"ifil", struct.pack("<HH", 2, 1)), chunk(b"isng", b"EMU8000\0"),
             *(chunk(what, text + bytes(2 - len(text) % 2)) for what, text in ((b"INAM", name), (b"ICOP", notice)))]
