@@ -40,6 +40,8 @@ SIDE = (N_FFT - HOP_SIZE) // 2  # samples that a Fourier window reaches past its
 RELEASED = Path(__file__).parent / "runs" / "released" / "harmonic.pt"  # which of those that come with the code is used
 LATER = ("level", "around")  # what older checkpoints do not have; a new model's changes nothing in what it hears
 LEVEL_RATE = 0.01   # weight of the latest batch in the level that training hears
+COLOUR_BANDS = 8    # mel bands over which a recording's colour is smoothed, a third of an octave at 440 Hz
+COLOUR_SECONDS = 60  # of a recording, that count as much for its colour as all training
 CHUNK_FRAMES = 352  # frames convolved at a time in a long recording, 11 s, and twice as many on a CPU: big enough to be fast, flat in memory
 
 
@@ -112,6 +114,17 @@ class Sizes:
     cnn_unit: int = 48   # channels of the first two convolutions; the third has twice as many, and so have all of `harmonic`
     fc_unit: int = 256   # features of a frame after the convolution stack; `harmonic` has a quarter as many hidden units, and an eighth as many features of each key
     lstm_unit: int = 88  # hidden units in each direction; `harmonic` makes no use of it
+
+
+def whole_parts(audio: Tensor, samples: int) -> Tensor:
+    """(S,) -> (S // samples, samples), without a copy."""
+    return audio[: len(audio) // samples * samples].view(-1, samples)
+
+
+def power_without_pauses(parts: Tensor) -> Tensor:
+    """(N, S) stretches of a recording -> (N,) their power, 0 where it is more than 10 dB below the mean, as in ITU-R BS.1770."""
+    power = torch.linalg.vector_norm(parts, dim=1).square() / parts.shape[1]
+    return power * (power > power.mean() / 10)
 
 
 class LogMelSpectrogram(nn.Module):
@@ -221,12 +234,34 @@ class Transcriber(nn.Module):
     def gain_for(self, audio: Tensor) -> Tensor:
         """What brings a recording (S,) to the level that training heard: a model of soft recordings mistakes the loud ones.
 
-        Its level is that of its sound without pauses: of the frames at most 10 dB below the mean, as in ITU-R BS.1770. Silence, less
-        than a frame, and all that a model whose `level` is unknown hears, stay as they are.
+        Its level is that of its sound without pauses. Silence, less than a frame, and all that a model whose `level` is unknown
+        hears, stay as they are.
         """
-        power = torch.linalg.vector_norm(audio[: len(audio) // HOP_SIZE * HOP_SIZE].view(-1, HOP_SIZE), dim=1).square() / HOP_SIZE
-        power = power[power > power.mean() / 10]
+        power = power_without_pauses(whole_parts(audio, HOP_SIZE))
+        power = power[power > 0]
         return self.level.cpu() / power.mean().sqrt() if len(power) and self.level else torch.tensor(1.0)
+
+    def colour_of(self, audio: Tensor, gain: Tensor) -> Tensor:
+        """(M,) by how much more each mel band has in a recording (S,), times its gain, than in training: its microphone, room and piano.
+
+        After Li et al., "Revisiting Batch Normalization for Practical Domain Adaptation", ICLR workshop 2017: a recording's own means
+        stand in for those of training. Here they do so the more the longer it is, and smoothed over bands, so that the notes it has count
+        little; its level does not count, for there is `gain_for`. Nothing is known, 0, of silence, of what is shorter than a Fourier
+        window, and where a model's `level` is unknown.
+        """
+        windows = whole_parts(audio, N_FFT)
+        loud = power_without_pauses(windows) > 0
+        seconds = int(loud.sum()) * N_FFT / SAMPLE_RATE
+        if not seconds or not self.level:
+            return torch.zeros_like(self.mel_norm.running_mean)
+        louder = -self.mel_norm.running_mean
+        for some in loud.nonzero()[:, 0].split(CHUNK_FRAMES):  # not all at once, which would be a copy of the recording
+            mel = self.melspectrogram.of_padded((windows[some] * gain).to(louder.device))               # (N, 1, M)
+            louder = louder + mel.sum(dim=(0, 1)) / loud.sum()
+        bands = torch.arange(N_MELS, device=louder.device)
+        near = torch.exp(-((bands[:, None] - bands) / COLOUR_BANDS).square() / 2)
+        louder = near @ louder / near.sum(dim=1)
+        return (louder - louder.mean()) * seconds / (seconds + COLOUR_SECONDS)
 
     @torch.inference_mode()
     def infer(self, audio: Tensor, chunk_frames: int = CHUNK_FRAMES) -> tuple[Tensor, Tensor]:
@@ -243,6 +278,8 @@ class Transcriber(nn.Module):
         with autocast(device):
             fast = for_inference(self)
         n_frames, gain = max(1, len(audio) // HOP_SIZE), self.gain_for(audio)
+        if self.recipe.normalise_mel:
+            fast.mel_norm.running_mean += self.colour_of(audio, gain)
         whole: list[Tensor] = []  # what convolve gives, of all chunks; filled in place, because many small pieces fragment memory
         one_at_a_time = threading.Lock()
 

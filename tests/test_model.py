@@ -1,6 +1,7 @@
 """The transcribers against the course's numbers, chunked against whole inference, checkpoints good and broken."""
 
 import contextlib
+import copy
 import dataclasses
 import errno
 import math
@@ -13,12 +14,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 import constants
 import layers
 import model as model_module
-from constants import HOP_SIZE, N_KEYS, N_MELS
+from augment import equaliser
+from constants import HOP_SIZE, N_FFT, N_KEYS, N_MELS
 from layers import BatchNorm, Dropout, PoolRectifyDrop
 from model import (
     AROUND,
@@ -450,8 +452,11 @@ def test_chunked_equals_whole_equals_forward(name, recipe, float32):
         chunked = model.infer(audio, chunk_frames=8)
         whole = model.infer(audio, chunk_frames=1000)
         padded = nn.functional.pad(audio * model.gain_for(audio), (0, max(0, HOP_SIZE - n_samples)))
+        alike = copy.deepcopy(model)
+        if model.recipe.normalise_mel:
+            alike.mel_norm.running_mean += model.colour_of(audio, model.gain_for(audio))
         with torch.no_grad():
-            forward = model(padded[None])
+            forward = alike(padded[None])
         for a, b, c in zip(chunked, whole, forward):
             assert a.shape == b.shape == (max(1, n_samples // HOP_SIZE), N_KEYS)
             assert a.dtype == torch.float32
@@ -498,6 +503,80 @@ def test_silence_and_recordings_of_a_model_that_knows_no_level_stay_as_they_are(
     state = read_checkpoint(tmp_path / "model.pt")
     del state["weights"]["level"]  # as versions before it wrote them
     assert model_of(state, "older.pt").gain_for(noise(5 * HOP_SIZE)) == 1
+
+
+# --- colour ---
+
+ONE = torch.tensor(1.0)
+
+
+def equalised(audio: Tensor, most_db: float) -> tuple[Tensor, Tensor]:
+    """A recording (S,) through an equaliser, and what that does to each mel band (M,), in the unit of the log-mel."""
+    torch.manual_seed(5)
+    factors = equaliser(1, len(audio), most_db, torch.device("cpu"))[0]
+    filters = LogMelSpectrogram().melspectrogram.mel_scale.fb
+    places = (filters * torch.arange(len(filters))[:, None]).sum(dim=0) / filters.sum(dim=0) * (len(factors) - 1) / (len(filters) - 1)
+    return torch.fft.irfft(torch.fft.rfft(audio) * factors, len(audio)), 2 * factors[places.round().long()].log()
+
+
+def minutes_of_noise(minutes: float) -> Tensor:
+    return noise(round(minutes * 60 * constants.SAMPLE_RATE) // N_FFT * N_FFT)
+
+
+def test_a_minute_tells_half_of_its_colour():
+    model, audio = lively("rnn"), minutes_of_noise(1)
+    heard, bands = equalised(audio, 12)
+    found = 2 * (model.colour_of(heard, ONE) - model.colour_of(audio, ONE))
+    assert bands.std() > 1 and found.mean().abs() < 1e-3
+    assert torch.corrcoef(torch.stack([found, bands]))[0, 1] > 0.95
+    assert (found @ bands) / (bands - bands.mean()).square().sum() == pytest.approx(0.9, abs=0.1)
+
+
+def test_the_colour_is_the_same_at_any_level_and_with_pauses():
+    model, (audio, _) = lively("rnn"), equalised(minutes_of_noise(0.5), 12)
+    colour = model.colour_of(audio, ONE)
+    torch.testing.assert_close(model.colour_of(0.1 * audio, ONE), colour, atol=1e-3, rtol=0)
+    torch.testing.assert_close(model.colour_of(0.1 * audio, 10 * ONE), colour, atol=1e-3, rtol=0)
+    torch.testing.assert_close(model.colour_of(torch.cat([audio, torch.zeros(len(audio))]), ONE), colour, atol=1e-3, rtol=0)
+
+
+def test_a_longer_recording_tells_more_of_its_colour():
+    model = lively("rnn")
+    short, long = (model.colour_of(equalised(minutes_of_noise(minutes), 12)[0], ONE) for minutes in (0.2, 1.8))
+    assert (short @ long) / long.square().sum() == pytest.approx((0.2 / 1.2) / (1.8 / 2.8), abs=0.03)
+
+
+def test_a_note_is_no_colour():
+    """A note that is held all the time moves the mean of its own band by half of the difference in a minute, and here by a tenth of it."""
+    model, audio = lively("rnn"), minutes_of_noise(1)
+    played = audio + 0.5 * torch.sin(2 * math.pi * 880 * torch.arange(len(audio)) / constants.SAMPLE_RATE)
+    mel = LogMelSpectrogram()
+    most = float((mel(played[None, :N_FFT * 20]) - mel(audio[None, :N_FFT * 20])).mean(dim=(0, 1)).max())
+    assert most > 3 and (model.colour_of(played, ONE) - model.colour_of(audio, ONE)).max() < 0.15 * most
+
+
+def test_recordings_of_other_colours_are_heard_more_alike(monkeypatch, float32):
+    model, audio = lively("harmonic"), minutes_of_noise(3)
+    model.mel_norm.running_mean += 4 / 3 * model.colour_of(audio, ONE)  # it was trained on such noise
+    weights = {name: value.clone() for name, value in model.state_dict().items()}
+    heard, _ = equalised(audio, 12)
+
+    def difference() -> Tensor:
+        return torch.stack([(a - b).abs().mean() for a, b in zip(model.infer(audio), model.infer(heard))])
+
+    here = difference()
+    assert all(torch.equal(weights[name], value) for name, value in model.state_dict().items())
+    monkeypatch.setattr(model, "colour_of", lambda audio, gain: torch.zeros(N_MELS))
+    there = difference()
+    assert (here < 0.7 * there).all() and (here > 0).all(), here / there
+
+
+def test_nothing_is_known_of_the_colour_of_silence_and_of_less_than_a_window():
+    model = lively("rnn")
+    for audio in (torch.zeros(0), torch.zeros(5 * N_FFT), noise(N_FFT - 1)):
+        assert torch.equal(model.colour_of(audio, ONE), torch.zeros(N_MELS))
+    assert model.colour_of(noise(N_FFT), ONE).any()
+    assert not build_model("rnn", SMALL).colour_of(noise(5 * N_FFT), ONE).any()  # which was never trained
 
 
 @pytest.mark.parametrize("chunk_frames", [1, 2, 5, 13])
