@@ -250,17 +250,17 @@ class Transcriber(nn.Module):
         window, and where a model's `level` is unknown.
         """
         windows = whole_parts(audio, N_FFT)
-        loud = power_without_pauses(windows) > 0
-        seconds = int(loud.sum()) * N_FFT / SAMPLE_RATE
-        if not seconds or not self.level:
+        loud = power_without_pauses(windows).nonzero()[:, 0]
+        if not len(loud) or not self.level:
             return torch.zeros_like(self.mel_norm.running_mean)
         louder = -self.mel_norm.running_mean
-        for some in loud.nonzero()[:, 0].split(CHUNK_FRAMES):  # not all at once, which would be a copy of the recording
+        for some in loud.split(CHUNK_FRAMES):  # not all at once, which would be a copy of the recording
             mel = self.melspectrogram.of_padded((windows[some] * gain).to(louder.device))               # (N, 1, M)
-            louder = louder + mel.sum(dim=(0, 1)) / loud.sum()
+            louder = louder + mel.sum(dim=(0, 1)) / len(loud)
         bands = torch.arange(N_MELS, device=louder.device)
         near = torch.exp(-((bands[:, None] - bands) / COLOUR_BANDS).square() / 2)
         louder = near @ louder / near.sum(dim=1)
+        seconds = len(loud) * N_FFT / SAMPLE_RATE
         return (louder - louder.mean()) * seconds / (seconds + COLOUR_SECONDS)
 
     @torch.inference_mode()

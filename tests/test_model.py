@@ -547,7 +547,7 @@ def test_a_longer_recording_tells_more_of_its_colour():
 
 
 def test_a_note_is_no_colour():
-    """A note that is held all the time moves the mean of its own band by half of the difference in a minute, and here by a tenth of it."""
+    """A note that is held all the time moves the mean of its own band by half of the difference in a minute, of colour by less than a sixth."""
     model, audio = lively("rnn"), minutes_of_noise(1)
     played = audio + 0.5 * torch.sin(2 * math.pi * 880 * torch.arange(len(audio)) / constants.SAMPLE_RATE)
     mel = LogMelSpectrogram()
