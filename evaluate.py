@@ -14,8 +14,9 @@ from tqdm import tqdm
 from analyse import OFFSET_RATIO, ONSET_TOLERANCE, add, compare, count, draw_errors, format_errors, held_by_pedal
 from constants import HOP_SIZE, MIN_MIDI, SAMPLE_RATE
 from dataset import SPLITS, Recording, folders_of, load_split
+from devices import keep_pages, pick_device
 from files import write_json, written_whole
-from model import RELEASED, Transcriber, keep_pages, model_of, pick_device, read_checkpoint, share_checkpoint
+from model import RELEASED, Transcriber, model_of, read_checkpoint, share_checkpoint
 from notes import ONSET_PLACES, Notes, frames_to_seconds, notes_to_rolls
 
 VELOCITY = 80  # the models hear no loudness; every note they write is mezzo-forte

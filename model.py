@@ -3,9 +3,7 @@
 Shapes: B batch, S samples, T frames, M mel bands, C channels, H hidden units, K = 88 keys.
 """
 
-import contextlib
 import copy
-import ctypes
 import dataclasses
 import io
 import math
@@ -23,10 +21,11 @@ from torch.nn.utils.fusion import fuse_conv_bn_eval
 import constants
 from augment import mel_of, shifted_filters
 from constants import F_MAX, F_MIN, HOP_SIZE, MIN_MIDI, N_FFT, N_KEYS, N_MELS, SAMPLE_RATE
+from devices import autocast
 from files import written_whole
 from int8 import Int8ConvStack, Int8HarmonicStack
 from layers import BatchNorm, Dropout, PoolRectifyDrop, in_context, is_long, read_in_pieces, side_by_side
-from notes import ONSET_PLACES
+from recipe import RECIPES, Recipe
 
 # Base rates per frame and key (of onsets, as many as there are strikes), from MAESTRO v2: 7.13 M notes in 201.2 h; keys sound in about 3 % of all places.
 ONSET_RATE = 0.0036
@@ -43,68 +42,6 @@ LEVEL_RATE = 0.01   # weight of the latest batch in the level that training hear
 COLOUR_BANDS = 8    # mel bands over which a recording's colour is smoothed, a third of an octave at 440 Hz
 COLOUR_SECONDS = 60  # of a recording, that count as much for its colour as all training
 CHUNK_FRAMES = 352  # frames convolved at a time in a long recording, 11 s, and twice as many on a CPU: big enough to be fast, flat in memory
-
-
-@dataclass(frozen=True)
-class Recipe:
-    """What the default recipe does differently from the course's (Hawthorne et al. 2018 as taught in the homework).
-
-    The course's model scores zero for its first thousands of steps: what comes out of two recurrent layers is too faint at
-    first to learn from. The linear path past them and biases at the base rates mend that. The first four entries are of the
-    model, the rest is how it is trained.
-    """
-
-    normalise_mel: bool = True       # batch norm of each mel band over time, as in Kong et al. 2021
-    residual: bool = True            # a linear path past a head's recurrent layers, which then learn what it lacks (He et al. 2016)
-    base_rate_bias: bool = True      # output biases start at the log-odds of silence
-    combined_unit: int = 256         # hidden units in each direction of what joins onsets and frames in `onf`; the course has 88
-    tune_thresholds: bool = True     # on validation; else 0.5 and 0.5
-    cosine: bool = True              # warm-up and cosine to zero; else x 0.98 per 1000 steps
-    clip_jointly: bool = True        # one gradient norm for all parameters; else each parameter by itself
-    learning_rate: float = 1e-3      # at its peak
-    onset_target: str = "two"        # frames that an onset lasts, "one" or "two": see `notes_to_rolls`
-    gain_db: float = 12.0            # segments are made softer by up to this many dB; this and the next: see `augment.py`
-    equalise_db: float = 6.0         # octave bands are made softer or louder by up to this many dB
-    room: float = 0.8                # probability of reverberation in a segment
-    noise: float = 0.5               # probability of noise in a segment
-    detune: float = 0.2              # segments are heard sharper or flatter by up to this many semitones
-    transpose: int = 3               # and moved by up to this many whole ones, with their labels
-    offset_weight: float = 3.0       # how often a frame near a note's end counts
-
-    def __post_init__(self) -> None:
-        if not self.combined_unit:
-            raise ValueError("combined_unit is a whole number from 1 on, not 0")
-        if self.onset_target not in ONSET_PLACES:
-            raise ValueError(f"onset_target is one of {', '.join(ONSET_PLACES)}, not {self.onset_target!r}")
-
-
-RECIPES = {"default": Recipe(), "course": Recipe(
-    normalise_mel=False, residual=False, base_rate_bias=False, combined_unit=88, tune_thresholds=False, cosine=False, clip_jointly=False,
-    learning_rate=6e-4, onset_target="one", gain_db=0.0, equalise_db=0.0, room=0.0, noise=0.0, detune=0.0, transpose=0, offset_weight=1.0)}
-
-
-def parse_recipe(text: str) -> Recipe:
-    """`NAME[,ENTRY=VALUE...]`: a recipe of RECIPES, some of its entries replaced; `default,cosine=False,gain_db=6`.
-
-    Raises:
-        ValueError: there is no such recipe or entry, or the value is none of the entry's type; numbers are finite and not negative.
-    """
-    name, *changes = text.split(",")
-    if name not in RECIPES:
-        raise ValueError(f"{name!r} is no recipe, choose from {', '.join(RECIPES)}")
-    kinds, values = {field.name: field.type for field in dataclasses.fields(Recipe)}, {}
-    for change in changes:
-        entry, _, value = change.partition("=")
-        if entry not in kinds:
-            raise ValueError(f"{entry!r} is no entry of a recipe, choose from {', '.join(kinds)}")
-        try:
-            values[entry] = {"True": True, "False": False, "1": True, "0": False}[value] if kinds[entry] is bool else kinds[entry](value)
-            if isinstance(values[entry], (int, float)) and not 0 <= values[entry] < math.inf:
-                raise ValueError
-        except (KeyError, ValueError):
-            wanted = {bool: "True or False", int: "a whole number from 0 on", float: "a number from 0 on"}.get(kinds[entry], kinds[entry].__name__)
-            raise ValueError(f"{entry} is {wanted}, not {value!r}") from None
-    return dataclasses.replace(RECIPES[name], **values)
 
 
 @dataclass(frozen=True)
@@ -487,7 +424,7 @@ class Harmonic(Transcriber):
 MODELS = {"baseline": Baseline, "rnn": RNN, "crnn": CRNN, "onf": OnsetsAndFrames, "harmonic": Harmonic}
 
 
-def build_model(name: str, sizes: Sizes = Sizes(), recipe: Recipe = Recipe()) -> Transcriber:
+def build_model(name: str, sizes: Sizes = Sizes(), recipe: Recipe = RECIPES["default"]) -> Transcriber:
     """A fresh transcriber of MODELS, in channels-last memory where convolutions are fastest."""
     return MODELS[name](sizes, recipe).to(memory_format=torch.channels_last)
 
@@ -517,16 +454,6 @@ def for_inference(model: Transcriber) -> Transcriber:
 def n_parameters(model: nn.Module) -> int:
     """Trainable numbers; the spectrogram's filters are buffers and do not count."""
     return sum(p.numel() for p in model.parameters())
-
-
-def autocast(device: torch.device) -> torch.autocast:
-    """bfloat16 where the hardware multiplies it: NVIDIA's GPUs of compute capability 8.0 and more, and CPUs with AMX or AVX512-BF16."""
-    if device.type == "cuda":
-        fast = torch.cuda.get_device_capability(device) >= (8, 0)
-    else:
-        fast = (device.type == "cpu" and platform.machine() in ("x86_64", "AMD64")
-                and (torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported()))
-    return torch.autocast(device.type, dtype=torch.bfloat16, enabled=fast)
 
 
 def constants_dict() -> dict[str, int]:
@@ -625,28 +552,3 @@ def model_of(state: dict[str, Any], path: str | Path) -> Transcriber:
 def load_checkpoint(path: str | Path, device: str | torch.device = "cpu") -> Transcriber:
     """The transcriber in a checkpoint, in eval mode on `device`; raises as `read_checkpoint` and `model_of` do."""
     return model_of(read_checkpoint(path), path).to(device)
-
-
-def keep_pages() -> None:
-    """Let glibc keep freed memory for the next step: handing fresh pages to each was nearly half of a step on the CPU."""
-    with contextlib.suppress(OSError, AttributeError):  # not glibc: nothing to tune
-        mallopt = ctypes.CDLL(None).mallopt
-        mallopt(-4, 0)         # M_MMAP_MAX: no big block gets a mapping of its own, to be unmapped when freed
-        mallopt(-1, -1)        # M_TRIM_THRESHOLD: never give the top of the heap back
-        mallopt(-2, 64 << 20)  # M_TOP_PAD: grow by 64 MiB at a time
-        mallopt(-8, 1)         # M_ARENA_MAX: no heap for each thread, which would be unmapped when it is empty
-
-
-def pick_device(name: str = "auto") -> torch.device:
-    """The device of that name, or the best there is.
-
-    Raises:
-        ValueError: this machine has no such device.
-    """
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
-    try:
-        torch.empty(1, device=name)
-    except (RuntimeError, AssertionError) as error:
-        raise ValueError(f"device {name!r}: {str(error).splitlines()[0]}") from error
-    return torch.device(name)

@@ -23,26 +23,22 @@ import prepare
 from augment import augment, transposed, uniform
 from constants import HOP_SIZE, SAMPLE_RATE
 from dataset import Recording, Segments, find_table, folders_of, load_split
+from devices import autocast, keep_pages, pick_device
 from evaluate import evaluate_split, format_table, predict, score, summarise, tune_thresholds, write_results
 from files import write_json, written_whole
 from model import (
     MODELS,
-    RECIPES,
-    Recipe,
     Sizes,
     Transcriber,
-    autocast,
     build_model,
-    keep_pages,
     load_checkpoint,
     model_of,
     n_parameters,
-    parse_recipe,
-    pick_device,
     read_checkpoint,
     save_checkpoint,
 )
 from notes import write_midi
+from recipe import RECIPES, Recipe, parse_recipe
 
 MAX_NORM = 3.0           # of the gradient; Hawthorne et al. 2018
 WARM_UP = 100            # steps until the learning rate is at its peak
@@ -249,7 +245,7 @@ def build_parser(**defaults: Any) -> argparse.ArgumentParser:
     add = parser.add_argument
     add("--model", "--model_type", type=str.lower, choices=tuple(MODELS), default="onf", help="which transcriber")
     add("--recipe", type=recipe, default="default", metavar="NAME[,ENTRY=VALUE...]",
-        help=f"{' or '.join(RECIPES)}, the homework's models and training settings; entries of Recipe in model.py may be replaced: default,cosine=False")
+        help=f"{' or '.join(RECIPES)}, the homework's models and training settings; entries of Recipe in recipe.py may be replaced: default,cosine=False")
     add("--data", nargs="+", default=["data"], help="data folders, see prepare.py; a split is that of all of them")
     add("--onset_data", nargs="*", default=[], help="more folders for training, from which onsets alone are learnt: their offsets "
         "follow another convention than those of --data")

@@ -10,9 +10,10 @@ from tqdm import tqdm
 
 from audio import has_fluidsynth, load_audio, render_midi, save_audio
 from constants import F_MAX, F_MIN, HOP_SIZE, MAX_MIDI, MIN_MIDI, SAMPLE_RATE
+from devices import keep_pages, pick_device
 from evaluate import estimated_notes, probability
 from files import written_whole
-from model import RELEASED, LogMelSpectrogram, Transcriber, keep_pages, load_checkpoint, pick_device
+from model import RELEASED, LogMelSpectrogram, Transcriber, load_checkpoint
 from notes import Notes, notes_to_midi, write_midi
 
 SUFFIXES = (".wav", ".flac", ".mp3", ".ogg", ".oga", ".opus", ".aiff", ".aif", ".aifc", ".au", ".caf", ".w64", ".rf64",

@@ -39,9 +39,10 @@ import train  # noqa: E402
 from audio import load_audio  # noqa: E402
 from constants import HOP_SIZE, N_MELS  # noqa: E402
 from dataset import COLUMNS, Recording, Segments, load_split  # noqa: E402
+from devices import pick_device  # noqa: E402
 from evaluate import estimated_notes, extract_notes  # noqa: E402
 from files import write_json  # noqa: E402
-from model import Sizes, build_model, load_checkpoint, pick_device, read_checkpoint, save_checkpoint  # noqa: E402
+from model import Sizes, build_model, load_checkpoint, read_checkpoint, save_checkpoint  # noqa: E402
 from notes import Notes, notes_to_rolls, write_midi  # noqa: E402
 
 SIZES = Sizes()

@@ -9,7 +9,8 @@ import torch
 from conftest import ROOT
 
 from constants import HOP_SIZE
-from model import RECIPES, Sizes, build_model, load_checkpoint, read_checkpoint, save_checkpoint, write_state
+from model import Sizes, build_model, load_checkpoint, read_checkpoint, save_checkpoint, write_state
+from recipe import RECIPES
 
 sys.path.insert(0, str(ROOT / "runs" / "released"))
 

@@ -16,7 +16,8 @@ import model
 import train
 from dataset import Recording, Segments, audio_to_int16
 from evaluate import extract_notes
-from model import Sizes, build_model, parse_recipe
+from model import Sizes, build_model
+from recipe import parse_recipe
 
 
 class SameProcess:

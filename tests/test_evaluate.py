@@ -31,8 +31,9 @@ from evaluate import (
     tune_thresholds,
     write_results,
 )
-from model import RECIPES, Sizes, build_model, load_checkpoint
+from model import Sizes, build_model, load_checkpoint
 from notes import ONSET_PLACES, Notes, frames_to_seconds, notes_to_rolls
+from recipe import RECIPES
 
 HOP = HOP_SIZE / SAMPLE_RATE  # seconds, 0.032
 HALF = {"onset": 0.5, "frame": 0.5}

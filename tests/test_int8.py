@@ -4,9 +4,10 @@ import pytest
 import torch
 from torch import nn
 
+from devices import autocast
 from int8 import Int8ConvStack, Int8HarmonicStack, in_bytes, in_steps
 from layers import BatchNorm
-from model import ConvStack, HarmonicStack, autocast, build_model
+from model import ConvStack, HarmonicStack, build_model
 
 needs_bytes = pytest.mark.skipif(not autocast(torch.device("cpu"))._enabled, reason="such a CPU infers in float32")
 BANDS = 23  # odd, and so are its halves

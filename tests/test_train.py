@@ -21,8 +21,9 @@ import train
 from augment import transposed
 from constants import HOP_SIZE
 from dataset import Segments, load_split
-from model import RECIPES, Sizes, build_model, load_checkpoint, parse_recipe
+from model import Sizes, build_model, load_checkpoint
 from notes import ONSET_PLACES, notes_to_rolls, read_midi
+from recipe import RECIPES, parse_recipe
 
 ROOT = Path(__file__).resolve().parents[1]
 DEVICE = torch.device("cpu")

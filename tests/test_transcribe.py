@@ -14,8 +14,9 @@ import model as model_module
 import transcribe
 from audio import has_fluidsynth, load_audio
 from constants import HOP_SIZE, SAMPLE_RATE
-from model import RECIPES, Sizes, build_model, load_checkpoint, save_checkpoint
+from model import Sizes, build_model, load_checkpoint, save_checkpoint
 from notes import Notes, read_midi
+from recipe import RECIPES
 from transcribe import find_recordings
 
 NOTES = Notes(np.array([[0.1, 0.5], [0.6, 1.0], [1.1, 1.8]]), [60, 64, 67], [100, 80, 60])

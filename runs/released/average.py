@@ -11,7 +11,8 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from dataset import load_split  # noqa: E402  # after the path
-from model import keep_pages, model_of, read_checkpoint, write_state  # noqa: E402
+from devices import keep_pages  # noqa: E402
+from model import model_of, read_checkpoint, write_state  # noqa: E402
 from train import REPORTED, validate  # noqa: E402
 
 SAME = ("model", "sizes", "recipe")  # in all of them

@@ -1,0 +1,42 @@
+"""Where the models run: which device, in which precision, and how a process keeps its memory."""
+
+import contextlib
+import ctypes
+import platform
+
+import torch
+
+
+def autocast(device: torch.device) -> torch.autocast:
+    """bfloat16 where the hardware multiplies it: NVIDIA's GPUs of compute capability 8.0 and more, and CPUs with AMX or AVX512-BF16."""
+    if device.type == "cuda":
+        fast = torch.cuda.get_device_capability(device) >= (8, 0)
+    else:
+        fast = (device.type == "cpu" and platform.machine() in ("x86_64", "AMD64")
+                and (torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported()))
+    return torch.autocast(device.type, dtype=torch.bfloat16, enabled=fast)
+
+
+def keep_pages() -> None:
+    """Let glibc keep freed memory for the next step: handing fresh pages to each was nearly half of a step on the CPU."""
+    with contextlib.suppress(OSError, AttributeError):  # not glibc: nothing to tune
+        mallopt = ctypes.CDLL(None).mallopt
+        mallopt(-4, 0)         # M_MMAP_MAX: no big block gets a mapping of its own, to be unmapped when freed
+        mallopt(-1, -1)        # M_TRIM_THRESHOLD: never give the top of the heap back
+        mallopt(-2, 64 << 20)  # M_TOP_PAD: grow by 64 MiB at a time
+        mallopt(-8, 1)         # M_ARENA_MAX: no heap for each thread, which would be unmapped when it is empty
+
+
+def pick_device(name: str = "auto") -> torch.device:
+    """The device of that name, or the best there is.
+
+    Raises:
+        ValueError: this machine has no such device.
+    """
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    try:
+        torch.empty(1, device=name)
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(f"device {name!r}: {str(error).splitlines()[0]}") from error
+    return torch.device(name)

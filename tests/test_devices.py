@@ -1,0 +1,36 @@
+"""Which device is picked, and that freed memory is kept."""
+
+import platform
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from devices import pick_device
+
+
+def test_an_unknown_device_is_named():
+    with pytest.raises(ValueError, match="device 'abacus'"):
+        pick_device("abacus")
+    assert pick_device("cpu") == torch.device("cpu")
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc" or not Path("/proc/self/statm").exists(), reason="memory is kept where glibc is, and measured on Linux")
+@pytest.mark.parametrize("kept", [True, False])
+def test_freed_memory_is_kept(kept):
+    """In a process of its own, for it cannot be undone: 64 MiB that were filled and freed still belong to it, or not."""
+    code = f"""
+import resource, torch, devices
+if {kept}:
+    devices.keep_pages()
+def pages():
+    return int(open("/proc/self/statm").read().split()[1])
+block = torch.ones(16 << 20)
+filled = pages()
+del block
+print((filled - pages()) * resource.getpagesize())
+"""
+    freed = int(subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).parents[1], capture_output=True, text=True, check=True).stdout)
+    assert (freed < 1 << 20) if kept else (freed > 60 << 20)

@@ -1,0 +1,89 @@
+"""Layers against torch's own, in one process and one piece; several processes are in test_train.py, long LSTMs in test_model.py."""
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from layers import BatchNorm, Dropout, PoolRectifyDrop
+
+
+@pytest.mark.parametrize("p", [0.1, 0.25, 0.5])
+def test_dropout_drops_its_share_and_keeps_the_mean(p):
+    torch.manual_seed(0)
+    x = torch.ones(4000, 1000)
+    layer = Dropout(p)
+    y = layer(x)
+    # 4,000,000 draws: the standard deviation of the share is below 0.0003
+    assert abs((y == 0).float().mean().item() - layer.p) < 0.001 and abs(layer.p - p) <= 1 / 512
+    np.testing.assert_allclose(y.unique(), [0, 1 / (1 - layer.p)], rtol=1e-6)
+    assert abs(y.mean().item() - 1) < (0.001 if p < 0.5 else 0.002)
+
+
+def test_dropout_is_the_identity_in_eval_mode_and_at_zero():
+    x = torch.randn(5, 7)
+    assert torch.equal(Dropout(0.5).eval()(x), x)
+    assert torch.equal(Dropout(0.0)(x), x)
+
+
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last", "transposed", "sliced"])
+def test_dropout_takes_any_layout(layout):
+    x = torch.rand(4, 6, 50, 10) + 3  # no zeros of its own
+    x = {"contiguous": lambda: x, "channels_last": lambda: x.contiguous(memory_format=torch.channels_last),
+         "transposed": lambda: x.transpose(1, 2), "sliced": lambda: x[:, ::2, 1:]}[layout]()
+    torch.manual_seed(0)
+    y = Dropout(0.25)(x)
+    kept = y != 0
+    torch.testing.assert_close(y[kept], x[kept] / 0.75)
+    assert 0.2 < 1 - kept.float().mean().item() < 0.3
+    # no pattern: every channel and every place loses about its share
+    assert (kept.float().mean(dim=(0, 2, 3)) < 0.9).all()
+
+
+def test_dropout_draws_anew_and_passes_gradients_of_what_it_kept():
+    x = torch.ones(1000, requires_grad=True)
+    layer = Dropout(0.5)
+    y = layer(x)
+    y.sum().backward()
+    assert torch.equal(x.grad != 0, y != 0)
+    assert not torch.equal(layer(x) == 0, y == 0)
+
+
+@pytest.mark.parametrize("shape", [(2, 3, 5, 8), (2, 3, 5, 9), (1, 1, 1, 2), (1, 4, 3, 3)])
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+def test_pooling_with_its_rectifier_is_torchs_own(shape, layout):
+    ours = torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(memory_format=layout).requires_grad_()
+    theirs = ours.detach().clone().requires_grad_()
+    layer = PoolRectifyDrop(0.0)
+    y, expected = layer(ours), nn.functional.max_pool2d(theirs.relu(), (1, 2))
+    weights = torch.randn(y.shape, generator=torch.Generator().manual_seed(1))
+    (y * weights).sum().backward()
+    (expected * weights).sum().backward()
+    assert torch.equal(y, expected) and torch.equal(ours.grad, theirs.grad)
+    assert torch.equal(layer.eval()(ours.detach()), expected)
+
+
+def test_pooling_drops_and_scales_like_dropout():
+    x = torch.rand(4, 8, 50, 40, generator=torch.Generator().manual_seed(0)).to(memory_format=torch.channels_last).requires_grad_()
+    torch.manual_seed(0)
+    y = PoolRectifyDrop(0.25)(x)
+    y.sum().backward()
+    kept = y > 0
+    assert kept.float().mean() == pytest.approx(0.75, abs=0.02)
+    assert torch.allclose(y[kept], nn.functional.max_pool2d(x, (1, 2))[kept] / 0.75)
+    assert torch.equal(x.grad.unflatten(3, (-1, 2)).sum(4) > 0, kept)
+    assert set(x.grad.unique().tolist()) == {0.0, y.new_tensor(1 / 0.75).item()}
+
+
+@pytest.mark.parametrize("shape", [(3, 5, 7), (3, 5, 7, 2)])
+def test_batch_norm_is_torchs_own_in_one_process(shape):
+    ours, theirs = BatchNorm(5), (nn.BatchNorm1d if len(shape) == 3 else nn.BatchNorm2d)(5)
+    with torch.no_grad():
+        for layer in (ours, theirs):
+            layer.weight.copy_(torch.arange(1.0, 6))
+            layer.bias.copy_(torch.arange(5.0))
+    for _ in range(3):
+        x = 0.5 * torch.randn(shape) + 1
+        torch.testing.assert_close(ours(x), theirs(x))
+    torch.testing.assert_close(ours.state_dict(), theirs.state_dict())
+    torch.testing.assert_close(ours.eval()(x), theirs.eval()(x))
