@@ -2,6 +2,7 @@
 
 import argparse
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -88,13 +89,18 @@ def transcribe(model: Transcriber, audio: np.ndarray) -> tuple[Notes, np.ndarray
 
 def write_all(base: Path, audio: np.ndarray, notes: Notes, onset: np.ndarray, frame: np.ndarray, sound: bool) -> None:
     """Write `base` with .npz, .midi, .png and, if `sound`, .wav. Raises OSError."""
-    with written_whole(base.with_name(base.name + ".npz")) as temporary:
-        np.savez_compressed(temporary, onset=onset.astype(np.float16), frame=frame.astype(np.float16), intervals=notes.intervals,
-                            pitches=notes.pitches, velocities=notes.velocities, hop_seconds=HOP_SIZE / SAMPLE_RATE)
+    def write_seen() -> None:
+        with written_whole(base.with_name(base.name + ".npz")) as temporary:
+            np.savez_compressed(temporary, onset=onset.astype(np.float16), frame=frame.astype(np.float16), intervals=notes.intervals,
+                                pitches=notes.pitches, velocities=notes.velocities, hop_seconds=HOP_SIZE / SAMPLE_RATE)
+        draw(base.with_name(base.name + ".png"), audio, notes)
+
     write_midi(base.with_name(base.name + ".midi"), notes)
-    draw(base.with_name(base.name + ".png"), audio, notes)
-    if sound:
-        save_audio(base.with_name(base.name + ".wav"), render_midi(notes_to_midi(notes)))
+    with ThreadPoolExecutor(1) as beside:  # beside FluidSynth, which takes longest and only one core
+        seen = beside.submit(write_seen)
+        if sound:
+            save_audio(base.with_name(base.name + ".wav"), render_midi(notes_to_midi(notes)))
+        seen.result()
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
