@@ -1,6 +1,7 @@
 """Sound: any audio file to mono at 16 kHz, and MIDI to sound through FluidSynth."""
 
 import io
+import os
 import re
 import shutil
 import subprocess
@@ -23,16 +24,21 @@ HEADER_SLIP = 1024     # bytes by which a whole file's header may promise too mu
 TAIL_SECONDS = 2.0     # what rings on after the last note of rendered MIDI
 
 
+def open_sound(path: Path, *how: object) -> soundfile.SoundFile:
+    """soundfile.SoundFile of a path of any bytes, for names from old archives are not always UTF-8."""
+    return soundfile.SoundFile(path if os.name == "nt" else os.fsencode(path), *how)
+
+
 def read_blocks(path: Path) -> Iterator[tuple[np.ndarray, int]]:
     """Blocks of (S, channels) float32 and their sample rate, through libsndfile or, where that knows no way, ffmpeg."""
     with open(path, "rb") as file:  # a missing or forbidden file gets Python's own words, not libsndfile's
         if not file.read(1):
             raise ValueError(f"{path}: is empty")
     try:
-        source = soundfile.SoundFile(path)
-    except soundfile.LibsndfileError as error:
+        source = open_sound(path)
+    except (soundfile.LibsndfileError, TypeError) as error:  # the latter of a name in .raw, whose rate soundfile would have to be told
         if not (ffmpeg := shutil.which("ffmpeg")):
-            raise ValueError(f"{path}: holds no audio that libsndfile reads ({error.error_string.strip()} "
+            raise ValueError(f"{path}: holds no audio that libsndfile reads ({getattr(error, 'error_string', str(error)).strip()} "
                              "Other formats, such as M4A, need ffmpeg, which is not installed)") from error
         yield from ffmpeg_blocks(ffmpeg, path)
         return
@@ -54,7 +60,8 @@ def is_cut_off(path: Path, source: soundfile.SoundFile) -> bool:
             file.seek(max(0, path.stat().st_size - 65536 - 282))  # no page is longer
             tail = file.read()
         page = tail.rfind(b"OggS\0")
-        return page < 0 or not tail[page + 5] & 4
+        flags = tail[page + 5 : page + 6]
+        return page < 0 or not flags or not flags[0] & 4
     promise = re.search(r"^ *(?:data|SSND) : (\d+) \(should be (\d+)\)", source.extra_info, re.MULTILINE)
     if not promise or int(promise[1]) in (0, 0x7FFFFFFF, 0xFFFFFFFF):  # sizes that a program writing to a pipe leaves
         return False
@@ -118,7 +125,7 @@ def save_audio(path: str | Path, blocks: Iterable[np.ndarray]) -> None:
     """
     with written_whole(path) as temporary:
         try:
-            with soundfile.SoundFile(temporary, "w", SAMPLE_RATE, 1) as file:
+            with open_sound(temporary, "w", SAMPLE_RATE, 1) as file:
                 for block in blocks:
                     for start in range(0, len(block), BLOCK):
                         file.write(block[start : start + BLOCK])
@@ -152,9 +159,13 @@ def render_midi(midi: pretty_midi.PrettyMIDI, soundfont: str | Path | None = Non
     """
     import fluidsynth  # needs a system library, which only sound needs
     soundfont = soundfont or default_soundfont()
-    with open(soundfont, "rb") as file:  # looked at first, because FluidSynth complains in its own lines
-        if (head := file.read(12))[:4] != b"RIFF" or head[8:] != b"sfbk":
-            raise ValueError(f"{soundfont}: is not a SoundFont")
+    try:
+        with open(soundfont, "rb") as file:  # looked at first, because FluidSynth complains in its own lines
+            head = file.read(12)
+    except OSError as error:  # no OSError, which would be taken for one of the file that this sound is written to
+        raise ValueError(f"{soundfont}: cannot be read ({error.strerror})") from error
+    if head[:4] != b"RIFF" or head[8:] != b"sfbk":
+        raise ValueError(f"{soundfont}: is not a SoundFont")
     # without the last setting every sample of a SoundFont is read, 490 MB for one piano of MuseScore's
     synth = fluidsynth.Synth(gain=0.5, samplerate=float(RENDER_RATE), **{"synth.dynamic-sample-loading": 1})
     try:

@@ -115,7 +115,7 @@ def read_table(folder: str | Path) -> list[dict[str, Any]]:
         missing = [column for column in COLUMNS if any(column not in row for row in rows)]
     except OSError as error:
         raise OSError(f"{path}: cannot be read ({error.strerror})") from error
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, csv.Error) as error:
         raise ValueError(f"{path}: is not a table of recordings ({type(error).__name__}: {error})") from error
     if missing or not rows:
         raise ValueError(f"{path}: {'lacks the column ' + missing[0] if missing else 'names no recordings'}")

@@ -19,7 +19,7 @@ def autocast(device: torch.device) -> torch.autocast:
 
 def keep_pages() -> None:
     """Let glibc keep freed memory for the next step: handing fresh pages to each was nearly half of a step on the CPU."""
-    with contextlib.suppress(OSError, AttributeError):  # not glibc: nothing to tune
+    with contextlib.suppress(OSError, AttributeError, TypeError):  # not glibc: nothing to tune
         mallopt = ctypes.CDLL(None).mallopt
         mallopt(-4, 0)         # M_MMAP_MAX: no big block gets a mapping of its own, to be unmapped when freed
         mallopt(-1, -1)        # M_TRIM_THRESHOLD: never give the top of the heap back

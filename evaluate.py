@@ -289,7 +289,11 @@ def main(argv: list[str] | None = None) -> int:
         print(f"evaluate.py: {error}", file=sys.stderr)
         return 1
     heard: list[Notes] = []
-    rows = evaluate_split(model, recordings, args.reference, heard if args.analyse else None)
+    try:
+        rows = evaluate_split(model, recordings, args.reference, heard if args.analyse else None)
+    except KeyboardInterrupt:
+        print("evaluate.py: interrupted; nothing is written", file=sys.stderr)
+        return 130
     path = (args.save_path or args.checkpoint.parent) / f"{args.checkpoint.stem}_{args.split}_{args.reference}.json"
     print(f"{args.checkpoint}, {len(rows)} {args.split} recordings of {' '.join(folders)}, reference: {args.reference}, "
           f"sustain-extended: yes, thresholds: onset {model.thresholds['onset']:.2f}, frame {model.thresholds['frame']:.2f}")

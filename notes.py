@@ -22,6 +22,7 @@ SUSTAIN_PEDAL = 64  # MIDI controller number
 ONE_SAMPLE_BACK = np.array([0, 1 / SAMPLE_RATE])  # of the offset, not of the onset
 ONSET_PLACES = {"one": (0,), "two": (0, 1)}  # the frames of an onset, counted from that of its strike
 TICKS_PER_BEAT = 960  # at 120 BPM a tick is 0.52 ms
+MOST_TICKS = 9_999_999  # pretty_midi takes a file with more for a broken one
 
 
 @dataclass(frozen=True)
@@ -179,9 +180,14 @@ def read_midi(path: str | Path) -> Notes:
     return hold_with_pedal(*read_keys(path))
 
 
+def ticks_per_beat(notes: Notes) -> int:
+    """TICKS_PER_BEAT, and less for more than 86 minutes, which would have more than MOST_TICKS: 1.1 ms a tick in three hours."""
+    return min(TICKS_PER_BEAT, max(1, int(MOST_TICKS / (2 * notes.intervals.max(initial=1.0) + 1))))
+
+
 def notes_to_midi(notes: Notes) -> pretty_midi.PrettyMIDI:
     """Notes as one piano track at 120 BPM."""
-    midi = pretty_midi.PrettyMIDI(resolution=TICKS_PER_BEAT, initial_tempo=120)
+    midi = pretty_midi.PrettyMIDI(resolution=ticks_per_beat(notes), initial_tempo=120)
     piano = pretty_midi.Instrument(program=0, name="piano")
     notes = hold_with_pedal(notes, [], 0.0)  # in MIDI the first note-off of a key ends every note on it
     piano.notes = [pretty_midi.Note(int(velocity), int(pitch), float(onset), float(offset))
@@ -200,7 +206,8 @@ def write_midi(path: str | Path, notes: Notes) -> None:
         if (values & ~127).any():
             raise ValueError(f"{path}: {name} in MIDI are 0 to 127")
     notes = hold_with_pedal(notes, [], 0.0)
-    ticks = np.round(notes.intervals * (2 * TICKS_PER_BEAT)).astype(np.int64)  # 120 BPM
+    resolution = ticks_per_beat(notes)
+    ticks = np.round(notes.intervals * (2 * resolution)).astype(np.int64)  # 120 BPM
     ticks[:, 1] = np.maximum(ticks[:, 1], ticks[:, 0] + 1)  # else a note within a tick would end before it begins
     events = sorted([*zip(ticks[:, 1].tolist(), repeat(0), notes.pitches.tolist()),  # of one moment, keys go up before others go down
                      *zip(ticks[:, 0].tolist(), notes.velocities.tolist(), notes.pitches.tolist())])
@@ -211,4 +218,4 @@ def write_midi(path: str | Path, notes: Notes) -> None:
         now = tick
     tempo = mido.MidiTrack([mido.MetaMessage("set_tempo", tempo=mido.bpm2tempo(120)), mido.MetaMessage("time_signature")])
     with written_whole(path) as temporary:
-        mido.MidiFile(ticks_per_beat=TICKS_PER_BEAT, tracks=[tempo, piano]).save(temporary)
+        mido.MidiFile(ticks_per_beat=resolution, tracks=[tempo, piano]).save(temporary)

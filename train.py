@@ -181,6 +181,20 @@ def begin_with(model: Transcriber, path: Path) -> list[str]:
     return sorted({name.split(".")[0] for name, _ in model.named_parameters() if name not in fitting})
 
 
+def best_beside(resumed: Path, state: dict[str, Any]) -> Path:
+    """The checkpoint beside a resumed one that was the best so far when that was written; else the resumed one.
+
+    It is model-best.pt, but where the run had gone on and found a better one since.
+    """
+    numbered = sorted((int(path.stem[6:]), path) for path in resumed.parent.glob("model-*.pt") if path.stem[6:].isdecimal())
+    for path in [resumed.with_name("model-best.pt"), *(path for step, path in numbered if step <= state["step"])]:
+        if path.exists():
+            found = read_checkpoint(path)
+            if found.get("step", math.inf) <= state["step"] and found.get("best") == state["best"]:
+                return path
+    return resumed
+
+
 def validate(model: Transcriber, recordings: list[Recording]) -> dict[str, float]:
     """Mean validation metrics; where the recipe says so, the model's thresholds are tuned on the same recordings first."""
     model.eval()
@@ -374,10 +388,11 @@ def train(args: argparse.Namespace, data: dict[str, list[Recording]], device: to
         write_json(run / "config.json", {**config, "recipe_entries": dataclasses.asdict(recipe), "data_description": description})
         writer = SummaryWriter(str(run), purge_step=first)
 
-        if args.state and not (run / "model-best.pt").exists():  # resumed into another folder: the best so far comes along
-            best_before = args.resume.with_name("model-best.pt")
-            with written_whole(run / "model-best.pt") as temporary:
-                shutil.copyfile(best_before if best_before.exists() else args.resume, temporary)
+        if args.state:  # into another folder the best so far comes along, and from an earlier step a later best does not stay
+            best_before = best_beside(args.resume, args.state)
+            if best_before != run / "model-best.pt":
+                with written_whole(run / "model-best.pt") as temporary:
+                    shutil.copyfile(best_before, temporary)
 
     def save(step: int, name: str) -> Path:
         if rank == 0:
@@ -404,7 +419,9 @@ def train(args: argparse.Namespace, data: dict[str, list[Recording]], device: to
                 wrong = [not math.isfinite(value) for value in values]
                 broken, stopping = any_rank(any(wrong), bool(stop.number))
                 if broken:
-                    number, _, drawn = unseen[wrong.index(True) if any(wrong) else -1]
+                    if not any(wrong):
+                        raise FloatingPointError("the loss of another process is not a number; it says more")
+                    number, _, drawn = unseen[wrong.index(True)]
                     names = ", ".join(data["train"][i].name for i in sorted(set(drawn.tolist())))
                     raise FloatingPointError(f"step {number}: the loss is {values[number - step - 1]}; recordings of the batch: {names}")
                 unseen.clear()

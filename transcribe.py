@@ -32,7 +32,8 @@ def find_recordings(paths: list[Path]) -> list[tuple[Path, Path]]:
     found = []
     for path in paths:
         if path.is_dir():
-            inside = sorted(file for file in path.rglob("*") if file.suffix.lower() in SUFFIXES and not file.stem.endswith(MARK))
+            inside = sorted(file for file in path.rglob("*") if file.suffix.lower() in SUFFIXES and file.is_file()
+                            and not file.stem.endswith(MARK) and not file.name.startswith("."))  # hidden: of a kill, or macOS's own
             if not inside:
                 raise ValueError(f"{path}: holds no recordings ({', '.join(SUFFIXES)})")
             found += [(file, file.relative_to(path)) for file in inside]
@@ -103,6 +104,23 @@ def write_all(base: Path, audio: np.ndarray, notes: Notes, onset: np.ndarray, fr
         seen.result()
 
 
+def transcribe_file(model: Transcriber, path: Path, base: Path, sound: bool) -> int:
+    """Read `path`, write all that is named after `base`, and say so in a line. Returns the exit status."""
+    try:
+        audio = load_audio(path)
+    except (OSError, ValueError) as error:
+        tqdm.write(f"transcribe.py: {error}", file=sys.stderr)
+        return 1
+    notes, onset, frame = transcribe(model, audio)
+    try:
+        write_all(base, audio, notes, onset, frame, sound)
+    except OSError as error:
+        tqdm.write(f"transcribe.py: {error}", file=sys.stderr)
+        return 1
+    tqdm.write(f"{path}: {len(audio) / SAMPLE_RATE:.1f} s, {len(notes)} notes -> {base}.midi")
+    return 0
+
+
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(usage="%(prog)s [options] [checkpoint.pt] audio [audio ...]", description="Transcribe piano recordings: NAME_transcribed.midi, .wav (the MIDI played), .png (piano "
                                      "roll) and .npz (probabilities and notes).", formatter_class=argparse.ArgumentDefaultsHelpFormatter)
@@ -131,22 +149,12 @@ def main(argv: list[str] | None = None) -> int:
     if not (sound := has_fluidsynth()):
         print("transcribe.py: libfluidsynth is missing (apt-get install fluidsynth), so no .wav is written", file=sys.stderr)
     status = 0
-    for path, target in tqdm(recordings, "transcribing", unit="recording", disable=None):
-        base = args.save_path / target
-        try:
-            audio = load_audio(path)
-        except (OSError, ValueError) as error:
-            tqdm.write(f"transcribe.py: {error}", file=sys.stderr)
-            status = 1
-            continue
-        notes, onset, frame = transcribe(model, audio)
-        try:
-            write_all(base, audio, notes, onset, frame, sound)
-        except OSError as error:
-            tqdm.write(f"transcribe.py: {error}", file=sys.stderr)
-            status = 1
-            continue
-        tqdm.write(f"{path}: {len(audio) / SAMPLE_RATE:.1f} s, {len(notes)} notes -> {base}.midi")
+    try:
+        for path, target in tqdm(recordings, "transcribing", unit="recording", disable=None):
+            status |= transcribe_file(model, path, args.save_path / target, sound)
+    except KeyboardInterrupt:
+        print("transcribe.py: interrupted; what is written is whole", file=sys.stderr)
+        return 130
     return status
 
 

@@ -9,7 +9,7 @@ import pytest
 from conftest import random_notes, write_tones
 
 import evaluate
-from analyse import ENDERS, EXTRA, MISSED, OCTAVES, OFFSETS, add, compare, count, errors_figure, format_errors, held_by_pedal
+from analyse import ENDERS, EXTRA, MISSED, OCTAVES, OFFSETS, add, compare, count, draw_errors, errors_figure, format_errors, held_by_pedal
 from constants import MAX_MIDI, MIN_MIDI, SAMPLE_RATE
 from dataset import Recording, load_recording, load_split
 from evaluate import evaluate_split, note_metrics
@@ -242,6 +242,11 @@ def test_the_picture_shows_the_numbers():
     row = counts["by_octave"]["C4-B4"]
     place = [label.get_text() for label in octave.get_xticklabels()].index("C4-B4")
     assert sum(bars[place].get_height() for bars in octave.containers) == pytest.approx(100 - 100 * row["found"] / row["reference"])
+
+
+def test_a_title_is_no_formula(tmp_path):
+    draw_errors(tmp_path / "errors.png", count(compare(Notes([], [], []), Notes([], [], []))), "runs/$a_$/x.pt")
+    assert (tmp_path / "errors.png").read_bytes().startswith(b"\x89PNG")
 
 
 def test_the_command_analyses_a_folder(data_folder, checkpoint, tmp_path, capsys):

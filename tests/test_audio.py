@@ -1,8 +1,10 @@
 """Audio of every kind comes in at the right pitch and time, or is refused by name; MIDI sounds when it should."""
 
+import os
 import shutil
 import signal
 import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -133,6 +135,29 @@ def test_a_truncated_file_is_refused(tmp_path, suffix, part):
     path.write_bytes(whole[: int(part * len(whole))])
     with pytest.raises(ValueError, match=rf"a\.{suffix}: (is truncated|is broken|holds no)"):
         load_audio(path)
+
+
+def test_an_ogg_cut_within_the_head_of_its_last_page_is_refused(tmp_path):
+    soundfile.write(tmp_path / "a.ogg", noise(), SAMPLE_RATE)
+    whole = (tmp_path / "a.ogg").read_bytes()
+    (tmp_path / "a.ogg").write_bytes(whole[: whole.rfind(b"OggS") + 5])
+    with pytest.raises(ValueError, match=r"a\.ogg: (is truncated|is broken|holds no)"):
+        load_audio(tmp_path / "a.ogg")
+
+
+def test_raw_samples_are_refused(tmp_path):
+    (tmp_path / "a.raw").write_bytes(bytes(1000))
+    with pytest.raises(ValueError, match=r"a\.raw: holds no audio"):
+        load_audio(tmp_path / "a.raw")
+
+
+@pytest.mark.skipif(sys.platform in ("win32", "darwin"), reason="names are Unicode there")
+@pytest.mark.parametrize("suffix", ["flac", "wav", "ogg", "mp3"])
+def test_names_are_any_bytes(tmp_path, suffix):
+    path = tmp_path / os.fsdecode(b"Fr\xe9d." + suffix.encode())
+    save_audio(path, [noise()])
+    assert abs(len(load_audio(path)) - 2 * SAMPLE_RATE) <= 2
+    assert os.listdir(os.fsencode(tmp_path)) == [b"Fr\xe9d." + suffix.encode()]
 
 
 @needs_ffmpeg
@@ -279,6 +304,12 @@ def test_what_is_no_soundfont_is_named(tmp_path):
     (tmp_path / "piano.sf2").write_text("no SoundFont")
     with pytest.raises(ValueError, match=r"piano\.sf2: is not a SoundFont"):
         played(notes_to_midi(Notes([[0.2, 0.5]], [60], [100])), tmp_path / "piano.sf2")
+
+
+@needs_fluidsynth
+def test_a_soundfont_that_cannot_be_read_is_named_and_not_the_output(tmp_path):
+    with pytest.raises(ValueError, match=r"lost\.sf2: cannot be read \(No such file or directory\)"):
+        save_audio(tmp_path / "a.wav", render_midi(notes_to_midi(Notes([[0.2, 0.5]], [60], [100])), tmp_path / "lost.sf2"))
 
 
 def test_the_soundfont_comes_with_pretty_midi():

@@ -271,7 +271,7 @@ def test_an_output_that_cannot_be_written_is_named_by_transcribe(checkpoint, ton
     (tmp_path / "out").write_text("keep me")
     before = everything(tmp_path)
     assert transcribe.main([str(checkpoint), str(tones.audio), "--save_path", str(tmp_path / "out")]) == 1
-    assert f"{tmp_path / 'out' / 'tones_transcribed'}.npz: cannot be written" in one_line(capsys, "transcribe.py")
+    assert f"{tmp_path / 'out' / 'tones_transcribed'}.midi: cannot be written" in one_line(capsys, "transcribe.py")
     assert everything(tmp_path) == before
 
 

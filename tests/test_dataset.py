@@ -194,6 +194,12 @@ def test_a_broken_table_is_named(tmp_path, content, message):
         read_table(tmp_path)
 
 
+def test_a_csv_with_an_open_quote_is_named(tmp_path):
+    (tmp_path / "maestro-v3.0.0.csv").write_text(",".join(COLUMNS) + '\n"' + "Chopin," * 20000)
+    with pytest.raises(ValueError, match=r"maestro-v3\.0\.0\.csv: is not a table of recordings \(Error: field larger"):
+        read_table(tmp_path)
+
+
 def test_an_empty_csv_is_named(tmp_path):
     (tmp_path / "maestro-v3.0.0.csv").write_text(",".join(COLUMNS) + "\n")
     with pytest.raises(ValueError, match=r"maestro-v3\.0\.0\.csv: names no recordings"):

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
+import devices
 from devices import pick_device
 
 
@@ -34,3 +35,13 @@ print((filled - pages()) * resource.getpagesize())
 """
     freed = int(subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).parents[1], capture_output=True, text=True, check=True).stdout)
     assert (freed < 1 << 20) if kept else (freed > 60 << 20)
+
+
+@pytest.mark.parametrize("error", [OSError, AttributeError, TypeError])
+def test_where_there_is_no_glibc_nothing_is_kept(error, monkeypatch):
+    """ctypes.CDLL(None) is a TypeError on Windows."""
+    def missing(_):
+        raise error
+
+    monkeypatch.setattr(devices.ctypes, "CDLL", missing)
+    devices.keep_pages()

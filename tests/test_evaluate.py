@@ -564,3 +564,12 @@ def test_a_shared_checkpoint_is_scored_as_it_is_shared(checkpoint, data_folder, 
     monkeypatch.setattr(evaluate, "RELEASED", shared)  # what is used where none is named
     assert evaluate.main(["--data", str(data_folder), "--split", "validation"]) == 0
     assert json.loads((tmp_path / "shared_validation_midi.json").read_text()) == first
+
+
+def test_ctrl_c_says_so_in_a_line(checkpoint, data_folder, tmp_path, monkeypatch, capsys):
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(evaluate, "evaluate_split", interrupted)
+    assert evaluate.main([str(checkpoint), "--data", str(data_folder), "--save_path", str(tmp_path)]) == 130
+    assert capsys.readouterr().err == "evaluate.py: interrupted; nothing is written\n" and not list(tmp_path.iterdir())

@@ -17,6 +17,7 @@ from notes import (
     frames_to_seconds,
     hold_with_pedal,
     n_frames_of,
+    notes_to_midi,
     notes_to_rolls,
     read_keys,
     read_midi,
@@ -292,6 +293,16 @@ def test_two_strikes_in_a_row_overlap():
 def test_no_notes_no_onset_targets(shape):
     assert notes_to_rolls(Notes([], [], []), 4, 0, shape)[0].shape == (4, 88)
     assert notes_to_rolls(Notes([[9, 10]], [60], [80]), 4, 0, shape)[0].sum() == 0
+
+
+@pytest.mark.parametrize("hours", [1.4, 1.5, 3.0, 12.0])
+def test_hours_of_music_can_be_read_again(hours, tmp_path):
+    """pretty_midi takes a file of more than ten million ticks for a broken one."""
+    notes = Notes([[1.0, 1.5], [3600 * hours - 0.5, 3600 * hours]], [60, 64], [80, 90])
+    write_midi(tmp_path / "long.midi", notes)
+    notes_to_midi(notes).write(str(tmp_path / "theirs.midi"))
+    for name in ("long.midi", "theirs.midi"):
+        np.testing.assert_allclose(read_midi(tmp_path / name).intervals, notes.intervals, atol=0.0003 if hours < 1.44 else 0.0003 * hours)
 
 
 # --- broken files ---

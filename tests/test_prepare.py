@@ -6,6 +6,8 @@ import multiprocessing
 import os
 import shutil
 import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -92,6 +94,30 @@ def test_rendering_in_this_process_first_does_not_hang_the_workers(tmp_path, sma
     """As a notebook does: FluidSynth loads a SoundFont with OpenMP, which does not survive a fork."""
     list(render_midi(notes_to_midi(Notes([[0.1, 0.2]], [60], [80]))))
     assert run("demo", tmp_path) == 0
+
+
+@pytest.mark.skipif(os.name == "nt", reason="a terminal's Ctrl-C is another thing there")
+def test_ctrl_c_waits_for_the_recordings_at_hand_and_says_nothing_of_workers(tmp_path):
+    """A terminal sends it to all processes, the idle one too."""
+    code = """
+import sys, time, prepare
+try:
+    with prepare.process_pool(2) as pool:
+        last = pool.submit(prepare.pause_then_write, sys.argv[1])
+        pool.submit(len, "").result()
+        print("ready", flush=True)
+        last.result()
+except KeyboardInterrupt:
+    print("interrupted", file=sys.stderr)
+"""
+    (tmp_path / "slow.py").write_text("import pathlib, time\ndef pause_then_write(path):\n    time.sleep(2)\n    pathlib.Path(path).touch()\n")
+    code = code.replace("prepare.pause_then_write", "slow.pause_then_write").replace("time, prepare", "time, prepare, slow")
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(tmp_path), str(Path(prepare.__file__).parent)])}
+    process = subprocess.Popen([sys.executable, "-c", code, str(tmp_path / "done")], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+                               start_new_session=True, env=environment)
+    assert process.stdout.readline() == "ready\n"
+    os.killpg(process.pid, signal.SIGINT)
+    assert process.communicate(timeout=60)[1] == "interrupted\n" and (tmp_path / "done").exists()
 
 
 def test_a_demo_piece_hangs_on_its_seed_alone():

@@ -16,11 +16,14 @@ def test_every_entry_of_a_recipe_can_be_written():
 
 
 @pytest.mark.parametrize("text, message", [
-    ("cake", "'cake' is no recipe, choose from default, course"), ("default,icing=1", "'icing' is no entry of a recipe, choose from normalise_mel, "),
-    ("default,cosine=2", "cosine is True or False, not '2'"), ("default,cosine", "cosine is True or False, not ''"),
-    ("default,transpose=0.5", "transpose is a whole number from 0 on, not '0.5'"), ("default,gain_db=-1", "gain_db is a number from 0 on, not '-1'"),
-    ("default,noise=nan", "noise is a number from 0 on, not 'nan'"), ("default,learning_rate=inf", "learning_rate is a number from 0 on, not 'inf'"),
-    ("default,combined_unit=0", "combined_unit is a whole number from 1 on, not 0"), ("default,onset_target=soft", "onset_target is one of one, two, not 'soft'")])
+    ("cake", "'cake' is no recipe, choose from default, course"), ("cosine=True", "'cosine=True' is no recipe"), ("", "'' is no recipe"),
+    ("default,cosin=True", "'cosin' is no entry of a recipe, choose from normalise_mel, "), ("default,", "'' is no entry"),
+    ("default,onset_target=three", "onset_target is one of one, two, not 'three'"),
+    ("default,transpose=1.5", "transpose is a whole number from 0 on, not '1.5'"),
+    ("default,combined_unit=0", "combined_unit is a whole number from 1 on, not 0"),
+    ("default,cosine=yes", "cosine is True or False, not 'yes'"), ("default,cosine", "cosine is True or False, not ''"),
+    ("default,gain_db=loud", "gain_db is a number from 0 on, not 'loud'"), ("default,gain_db=-1", "gain_db is a number from 0 on, not '-1'"),
+    ("default,gain_db=nan", "gain_db is a number from 0 on, not 'nan'"), ("default,gain_db=inf", "gain_db is a number from 0 on, not 'inf'")])
 def test_what_no_recipe_is_says_why(text, message):
     with pytest.raises(ValueError, match=re.escape(message)):
         parse_recipe(text)

@@ -234,6 +234,24 @@ def test_folders_are_searched_in_order(tmp_path):
     assert find_recordings([tmp_path / "c" / "x.pdf"]) == [(tmp_path / "c" / "x.pdf", Path("x_transcribed"))]  # named, so taken
 
 
+def test_what_is_hidden_or_a_folder_is_no_recording(tmp_path):
+    """The temporary file of a killed program, what macOS puts beside a file, and a folder with a sound's name."""
+    for name in (".a_transcribed.123.tmp.wav", "._a.wav", "b.wav"):
+        (tmp_path / name).touch()
+    (tmp_path / "take.aif").mkdir()
+    assert [path.name for path, _ in find_recordings([tmp_path])] == ["b.wav"]
+
+
+def test_ctrl_c_says_so_in_a_line(checkpoint, tones, tmp_path, plain, monkeypatch, capsys):
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(transcribe, "transcribe", interrupted)
+    assert run(checkpoint, tmp_path / "out", tones.audio) == 130
+    assert capsys.readouterr().err.splitlines()[-1] == "transcribe.py: interrupted; what is written is whole"
+    assert not (tmp_path / "out").exists()
+
+
 def test_a_failed_file_does_not_stop_the_others(checkpoint, tones, tmp_path, plain, capsys):
     bad = tmp_path / "bad.flac"
     bad.write_text("dear diary")
