@@ -100,10 +100,10 @@ def test_rendering_in_this_process_first_does_not_hang_the_workers(tmp_path, sma
 def test_ctrl_c_waits_for_the_recordings_at_hand_and_says_nothing_of_workers(tmp_path):
     """A terminal sends it to all processes, the idle one too."""
     code = """
-import sys, time, prepare
+import sys, prepare, slow
 try:
     with prepare.process_pool(2) as pool:
-        last = pool.submit(prepare.pause_then_write, sys.argv[1])
+        last = pool.submit(slow.pause_then_write, sys.argv[1])
         pool.submit(len, "").result()
         print("ready", flush=True)
         last.result()
@@ -111,7 +111,6 @@ except KeyboardInterrupt:
     print("interrupted", file=sys.stderr)
 """
     (tmp_path / "slow.py").write_text("import pathlib, time\ndef pause_then_write(path):\n    time.sleep(2)\n    pathlib.Path(path).touch()\n")
-    code = code.replace("prepare.pause_then_write", "slow.pause_then_write").replace("time, prepare", "time, prepare, slow")
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(tmp_path), str(Path(prepare.__file__).parent)])}
     process = subprocess.Popen([sys.executable, "-c", code, str(tmp_path / "done")], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
                                start_new_session=True, env=environment)
