@@ -180,6 +180,9 @@ def score(recording: Recording, logits: tuple[np.ndarray, np.ndarray], threshold
           onset_target: str, reference: str = "midi") -> dict[str, float]:
     """All metrics of one recording; losses, frame and onset scores against what the model was taught.
 
+    `metric/frame/frame_*` are of all frames above the threshold; `metric/frame/notes_*` of those in which the estimated notes
+    sound, which is the frame score of Hawthorne et al. 2018, and higher where a model takes for frames what no onset begins.
+
     Args:
         logits: frame and onset, (T, 88) each.
         thresholds, onset_target: as for `estimated_notes`.
@@ -195,6 +198,7 @@ def score(recording: Recording, logits: tuple[np.ndarray, np.ndarray], threshold
     losses = {f"metric/loss/{name}_loss": float(bce(torch.from_numpy(logit), torch.from_numpy(roll).float()))
               for name, logit, roll in (("frame", frame_logit, frame_roll), ("onset", onset_logit, target))}
     return {**losses, **roll_metrics("frame", frame_roll > 0, probability(frame_logit) >= thresholds["frame"]),
+            **roll_metrics("notes", frame_roll > 0, notes_to_rolls(est, n_frames)[1] > 0),
             **roll_metrics("onset", target > 0, probability(onset_logit) >= thresholds["onset"]), **note_metrics(ref, est)}
 
 

@@ -374,7 +374,7 @@ def sure(recording: Recording, notes: Notes | None = None) -> tuple[np.ndarray, 
 @pytest.mark.parametrize("reference", ["midi", "roll"])
 def test_perfect_logits_score_one(reference):
     row = score(recording_of(some_notes()), sure(recording_of(some_notes())), HALF, "one", reference)
-    for name in ("frame/frame_f1", "frame/onset_f1", "note/f1", "note-with-offsets/f1"):
+    for name in ("frame/frame_f1", "frame/notes_f1", "frame/onset_f1", "note/f1", "note-with-offsets/f1"):
         assert row[f"metric/{name}"] == 1
     assert 0 < row["metric/loss/frame_loss"] < 1e-3
 
@@ -399,6 +399,17 @@ def test_each_roll_is_scored_against_its_own_head():
     row = score(recording, (np.full_like(frame, -10), onset), HALF, "one")
     assert (row["metric/frame/frame_f1"], row["metric/frame/onset_f1"], row["metric/note/f1"]) == (0, 1, 1)
     assert row["metric/note-with-offsets/f1"] < 1
+
+
+def test_frames_that_no_onset_begins_are_none_of_the_notes():
+    """One note of 20 frames is heard with its onset, one of 10 without, and of another of 20 nothing."""
+    recording = recording_of(Notes(np.array([[10.5 * HOP, 30 * HOP], [50.5 * HOP, 70 * HOP]]), [60, 62], [80, 80]))
+    frame, onset = sure(recording, Notes(recording.notes.intervals[:1], [60], [80]))
+    frame[80:90, 30] = 10
+    for target in ONSET_PLACES:
+        row = score(recording, (frame, onset), HALF, target)
+        assert row["metric/frame/frame_precision"] == pytest.approx(20 / 30) and row["metric/frame/frame_recall"] == 0.5
+        assert row["metric/frame/notes_precision"] == 1 and row["metric/frame/notes_recall"] == 0.5
 
 
 def test_references_differ_where_quantisation_hides_an_error():
