@@ -21,7 +21,22 @@ from files import written_whole
 BLOCK = 1 << 18        # samples read or written at a time; keeps memory flat, and libsndfile crashes on one long OGG write
 RENDER_RATE = 48000    # FluidSynth acts on events every 64 samples: 1.3 ms here, 4 ms at 16 kHz
 HEADER_SLIP = 1024     # bytes by which a whole file's header may promise too much: some programs count their own chunks in
+NO_SIZE = 0x7FFFF000   # bytes; this, or more, stands in the header of what a program wrote to a pipe
+NO_LENGTH = 1 << 50    # samples, likewise
 TAIL_SECONDS = 2.0     # what rings on after the last note of rendered MIDI
+
+
+class Endless(io.FileIO):
+    """A file that does not tell its size, from which libsndfile would guess an MP3's length, and read no farther."""
+
+    far = False
+
+    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
+        self.far = whence == os.SEEK_END
+        return super().seek(offset, whence)
+
+    def tell(self) -> int:
+        return 1 << 60 if self.far else super().tell()
 
 
 def open_sound(path: Path, *how: object) -> soundfile.SoundFile:
@@ -29,17 +44,31 @@ def open_sound(path: Path, *how: object) -> soundfile.SoundFile:
     return soundfile.SoundFile(path if os.name == "nt" else os.fsencode(path), *how)
 
 
+def tells_length(path: Path) -> bool:
+    """Whether the first frame of an MP3 says how many there are: a Xing, Info or VBRI header, which streams and what is cut from files lack."""
+    with open(path, "rb") as file:
+        head = file.read(10)
+        tag = sum(size << 7 * (9 - i) for i, size in enumerate(head) if i >= 6) if head[:3] == b"ID3" else -10  # bytes after these ten, in sevens of bits
+        file.seek(10 + tag)
+        frame = file.read(2048)
+    return any(name in frame for name in (b"Xing", b"Info", b"VBRI"))
+
+
 def read_blocks(path: Path) -> Iterator[tuple[np.ndarray, int]]:
     """Blocks of (S, channels) float32 and their sample rate, through libsndfile or, where that knows no way, ffmpeg."""
     with open(path, "rb") as file:  # a missing or forbidden file gets Python's own words, not libsndfile's
         if not file.read(1):
             raise ValueError(f"{path}: is empty")
+    source, reason = None, "its length is unknown."
     try:
         source = open_sound(path)
+        if source.format == "MP3" and not tells_length(path):
+            source = soundfile.SoundFile(Endless(path))
     except (soundfile.LibsndfileError, TypeError) as error:  # the latter of a name in .raw, whose rate soundfile would have to be told
+        reason = getattr(error, "error_string", str(error)).strip()
+    if source is None or (source.format == "FLAC" and source.frames > NO_LENGTH):  # which libsndfile opens and cannot read
         if not (ffmpeg := shutil.which("ffmpeg")):
-            raise ValueError(f"{path}: holds no audio that libsndfile reads ({getattr(error, 'error_string', str(error)).strip()} "
-                             "Other formats, such as M4A, need ffmpeg, which is not installed)") from error
+            raise ValueError(f"{path}: holds no audio that libsndfile reads ({reason} Other formats, such as M4A, need ffmpeg, which is not installed)")
         yield from ffmpeg_blocks(ffmpeg, path)
         return
     with source:
@@ -49,21 +78,22 @@ def read_blocks(path: Path) -> Iterator[tuple[np.ndarray, int]]:
         while len(block := source.read(BLOCK, dtype="float32", always_2d=True)):
             n_read += len(block)
             yield block, source.samplerate
-        if n_read < source.frames:
+        if n_read < source.frames < NO_LENGTH:
             raise ValueError(f"{path}: is truncated, {n_read} of {source.frames} samples can be read")
 
 
 def is_cut_off(path: Path, source: soundfile.SoundFile) -> bool:
-    """Whether a WAV, AIFF or OGG file ends before its end; libsndfile reads on in silence, the other formats it checks."""
-    if source.format == "OGG":  # RFC 3533: the last page carries flag 4, end of stream
+    """Whether a file ends before its end, in a format that libsndfile reads on in silence; the others it checks."""
+    if source.format == "OGG":  # RFC 3533: the last page carries flag 4, end of stream, and is whole
         with open(path, "rb") as file:
             file.seek(max(0, path.stat().st_size - 65536 - 282))  # no page is longer
             tail = file.read()
-        page = tail.rfind(b"OggS\0")
-        flags = tail[page + 5 : page + 6]
-        return page < 0 or not flags or not flags[0] & 4
-    promise = re.search(r"^ *(?:data|SSND) : (\d+) \(should be (\d+)\)", source.extra_info, re.MULTILINE)
-    if not promise or int(promise[1]) in (0, 0x7FFFFFFF, 0xFFFFFFFF):  # sizes that a program writing to a pipe leaves
+        if (page := tail.rfind(b"OggS\0")) < 0 or len(tail) < page + 27:
+            return True
+        body = page + 27 + tail[page + 26]
+        return not tail[page + 5] & 4 or body + sum(tail[page + 27 : body]) > len(tail)
+    promise = re.search(r"^ *(?:data|SSND|riff|Riff size|Data Size) *: (\d+) \(should be (\d+)\)", source.extra_info, re.MULTILINE)  # WAV, AIFF, W64, RF64, AU
+    if not promise or not 0 < int(promise[1]) < NO_SIZE:
         return False
     return int(promise[1]) - int(promise[2]) > HEADER_SLIP
 
@@ -154,7 +184,7 @@ def render_midi(midi: pretty_midi.PrettyMIDI, soundfont: str | Path | None = Non
         Blocks of (S,) float32 in [-1, 1] at SAMPLE_RATE.
 
     Raises:
-        ValueError: the SoundFont cannot be read.
+        ValueError: the SoundFont cannot be read, or has no piano.
         ImportError: libfluidsynth is missing.
     """
     import fluidsynth  # needs a system library, which only sound needs
@@ -172,7 +202,8 @@ def render_midi(midi: pretty_midi.PrettyMIDI, soundfont: str | Path | None = Non
         font = synth.sfload(str(soundfont))
         if font == -1:
             raise ValueError(f"{soundfont}: is not a SoundFont that FluidSynth reads")
-        synth.program_select(0, font, 0, 0)
+        if synth.program_select(0, font, 0, 0) == -1:
+            raise ValueError(f"{soundfont}: has no piano, which is program 0 of bank 0")
         events = []  # (seconds, order within a moment, what to do): keys go up before others go down
         for instrument in midi.instruments:
             if not instrument.is_drum:

@@ -27,7 +27,7 @@ SPLITS = ("train", "validation", "test")
 COLUMNS = ("canonical_composer", "canonical_title", "split", "year", "midi_filename", "audio_filename", "duration")
 AUDIO_SUFFIXES = (".flac", ".wav", ".ogg", ".mp3")  # tried in this order where a table's own name is not on the disk
 INT16 = 32768.0  # int16 samples in a full scale
-CACHE_VERSION = "1"  # part of every cache name: a change of what load_audio or read_midi give needs a new one
+CACHE_VERSION = "2"  # part of every cache name: a change of what load_audio or read_midi give needs a new one
 
 
 @dataclass(frozen=True)

@@ -271,33 +271,27 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     args = parser.parse_args(argv)
     if args.analyse and args.reference != "midi":
         parser.error("--analyse looks at the MIDI file's own notes; leave --reference out")
+    if args.share and args.share.resolve() == args.checkpoint.resolve():
+        parser.error("--share writes another file than the checkpoint, which would lose what more training needs")
     return args
 
 
-def main(argv: list[str] | None = None) -> int:
-    args = parse_args(argv)
-    keep_pages()
-    try:
-        device = pick_device(args.device)
-        state = read_checkpoint(args.checkpoint)
-        if args.share:
-            share_checkpoint(args.share, state)
-            state, args.checkpoint = read_checkpoint(args.share) | {"data": state.get("data", {})}, args.share
-        model = model_of(state, args.checkpoint).to(device)
-        about = state.get("data", {})
-        folders = args.data or folders_of(about.get("folders") or about.get("folder", "data"))  # "folder": of an early checkpoint
-        recordings = load_split(folders, args.split)
-        to_analyse = recordings if args.analyse else []
-        held = [held_by_pedal(recording) for recording in tqdm(to_analyse, "reading pedals", unit="recording", leave=False, disable=None)]
-    except (OSError, ValueError) as error:
-        print(f"evaluate.py: {error}", file=sys.stderr)
-        return 1
+def run(args: argparse.Namespace) -> None:
+    """Score a checkpoint as the command line says; raises OSError and ValueError for what cannot be read or written."""
+    device = pick_device(args.device)
+    state = read_checkpoint(args.checkpoint)
+    model = model_of(state, args.checkpoint)
+    about = state.get("data", {})
+    folders = args.data or folders_of(about.get("folders") or about.get("folder", "data"))  # "folder": of an early checkpoint
+    recordings = load_split(folders, args.split)
+    if args.share:
+        share_checkpoint(args.share, state)
+        args.checkpoint = args.share
+        model = model_of(read_checkpoint(args.share), args.share)
+    to_analyse = recordings if args.analyse else []
+    held = [held_by_pedal(recording) for recording in tqdm(to_analyse, "reading pedals", unit="recording", leave=False, disable=None)]
     heard: list[Notes] = []
-    try:
-        rows = evaluate_split(model, recordings, args.reference, heard if args.analyse else None)
-    except KeyboardInterrupt:
-        print("evaluate.py: interrupted; nothing is written", file=sys.stderr)
-        return 130
+    rows = evaluate_split(model.to(device), recordings, args.reference, heard if args.analyse else None)
     path = (args.save_path or args.checkpoint.parent) / f"{args.checkpoint.stem}_{args.split}_{args.reference}.json"
     print(f"{args.checkpoint}, {len(rows)} {args.split} recordings of {' '.join(folders)}, reference: {args.reference}, "
           f"sustain-extended: yes, thresholds: onset {model.thresholds['onset']:.2f}, frame {model.thresholds['frame']:.2f}")
@@ -309,15 +303,24 @@ def main(argv: list[str] | None = None) -> int:
         named = [{"recording": recording.name, **each} for recording, each in zip(recordings, counts)]
         analysis = {"analysis": {"total": total, "recordings": named}}
         print(f"\nall notes of the {len(rows)} recordings together\n{format_errors(total)}\n")
+    write_results(path, recordings, rows, model.thresholds, checkpoint=args.checkpoint.name, data=folders,
+                  split=args.split, reference=args.reference, **analysis)
+    if args.analyse:
+        draw_errors(path.with_suffix(".png"), total, f"{args.checkpoint}, {len(rows)} {args.split} recordings of {' '.join(folders)}")
+    print(f"per recording: {path} and .csv" + (f"; errors: {path} and .png" if args.analyse else ""))
+
+
+def main(argv: list[str] | None = None) -> int:
+    args = parse_args(argv)
+    keep_pages()
     try:
-        write_results(path, recordings, rows, model.thresholds, checkpoint=args.checkpoint.name, data=folders,
-                      split=args.split, reference=args.reference, **analysis)
-        if args.analyse:
-            draw_errors(path.with_suffix(".png"), total, f"{args.checkpoint}, {len(rows)} {args.split} recordings of {' '.join(folders)}")
-    except OSError as error:
+        run(args)
+    except (OSError, ValueError) as error:
         print(f"evaluate.py: {error}", file=sys.stderr)
         return 1
-    print(f"per recording: {path} and .csv" + (f"; errors: {path} and .png" if args.analyse else ""))
+    except KeyboardInterrupt:
+        print("evaluate.py: interrupted; no scores are written", file=sys.stderr)
+        return 130
     return 0
 
 

@@ -34,4 +34,10 @@ def written_whole(path: str | Path) -> Iterator[Path]:
 def write_json(path: str | Path, content: Any) -> None:
     """Write plain data as JSON, whole or not at all; raises OSError."""
     with written_whole(path) as temporary:
-        temporary.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+        # what no Unicode is in a file's name becomes an escape of JSON's own
+        temporary.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n", encoding="utf-8", errors="backslashreplace")
+
+
+def printable(text: str) -> str:
+    """Text that any terminal takes, whatever bytes the file names in it have."""
+    return os.fsencode(text).decode(errors="replace")

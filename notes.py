@@ -157,22 +157,23 @@ def open_midi(path: str | Path) -> pretty_midi.PrettyMIDI:
         raise ValueError(f"{path}: is not a whole MIDI file ({str(error) or type(error).__name__})") from error
 
 
-def read_keys(path: str | Path) -> tuple[Notes, list[tuple[float, int]], float]:
-    """Read what hands and foot did, without letting the pedal hold anything; drums and pitches off the keyboard are left out.
+def keys_of(midi: pretty_midi.PrettyMIDI) -> tuple[Notes, list[tuple[float, int]], float]:
+    """What hands and foot did, without letting the pedal hold anything; drums and pitches off the keyboard are left out.
 
     Returns:
         The notes from each key's strike to its release, the sustain pedal as (seconds, CC64 value), and the file's end in seconds.
-
-    Raises:
-        OSError, ValueError: as open_midi does.
     """
-    midi = open_midi(path)
     staves = [instrument for instrument in midi.instruments if not instrument.is_drum]
     notes = [note for staff in staves for note in staff.notes if MIN_MIDI <= note.pitch <= MAX_MIDI]
     # a piano has one pedal, whichever staff's track tells of it
     pedal = [(change.time, change.value) for staff in staves for change in staff.control_changes if change.number == SUSTAIN_PEDAL]
     return Notes([(note.start, note.end) for note in notes], [note.pitch for note in notes],
                  [note.velocity for note in notes]), pedal, midi.get_end_time()
+
+
+def read_keys(path: str | Path) -> tuple[Notes, list[tuple[float, int]], float]:
+    """`keys_of` a MIDI file; raises OSError and ValueError as open_midi does."""
+    return keys_of(open_midi(path))
 
 
 def read_midi(path: str | Path) -> Notes:

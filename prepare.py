@@ -23,11 +23,11 @@ import pretty_midi
 import soundfile
 from tqdm import tqdm
 
-from audio import default_soundfont, has_fluidsynth, load_audio, render_midi, save_audio
+from audio import default_soundfont, has_fluidsynth, load_audio, open_sound, render_midi, save_audio
 from constants import MAX_MIDI, MIN_MIDI, SAMPLE_RATE
 from dataset import SPLITS, find_audio, find_table, read_table
-from files import write_json, written_whole
-from notes import SUSTAIN_PEDAL, Notes, notes_to_midi, open_midi, read_midi, write_midi
+from files import printable, write_json, written_whole
+from notes import SUSTAIN_PEDAL, Notes, keys_of, notes_to_midi, open_midi, read_midi, write_midi
 
 DEMO_SECONDS = 30
 DEMO_COUNTS = {"train": 10, "validation": 3, "test": 3}
@@ -44,7 +44,7 @@ Row = dict[str, Any]
 
 def rank_of(text: str) -> str:
     """A fixed pseudo-random order of names that no other name's presence disturbs."""
-    return hashlib.sha1(text.encode()).hexdigest()
+    return hashlib.sha1(os.fsencode(text)).hexdigest()
 
 
 @contextlib.contextmanager
@@ -79,6 +79,9 @@ def run_jobs(out: Path, jobs: list[tuple[Callable[..., float], tuple, Row]], wor
     rows, n_kept, n_failed = [], 0, 0
     if len({row["audio_filename"] for _, _, row in jobs}) < len(jobs):
         raise ValueError(f"{out}: two recordings would have one name; rename one of the sources")
+    others = {row["audio_filename"] for row in (read_table(out) if find_table(out) else [])} - {row["audio_filename"] for _, _, row in jobs}
+    if others:
+        raise ValueError(f"{out}: its table names {len(others)} recordings that this command does not make, such as {min(others)}; choose another folder")
     with process_pool(workers) as pool:
         results = []
         for function, arguments, row in jobs:
@@ -103,7 +106,8 @@ def run_jobs(out: Path, jobs: list[tuple[Callable[..., float], tuple, Row]], wor
 def seconds_of(audio: Path) -> float:
     """The length of a file that was made before; raises ValueError where it is broken."""
     try:
-        return soundfile.info(audio).duration
+        with open_sound(audio) as file:
+            return file.frames / file.samplerate
     except soundfile.LibsndfileError as error:
         raise ValueError(f"{audio}: is broken, delete it and run again") from error
 
@@ -257,7 +261,7 @@ def convert_maps(audio: Path, midi: Path, from_audio: Path) -> float:
 def make_maps(source: Path, out: Path, workers: int) -> int:
     """The MAPS database with the split of Hawthorne et al. 2018: the Disklavier is test, the others train on other pieces."""
     found = []
-    for path in sorted(source.glob("**/MUS/*.wav")):
+    for path in sorted(source.resolve().glob("**/MUS/*.wav")):  # of "." the piano's name could not be told
         piano = path.parent.parent.name
         composition = path.stem.removeprefix("MAPS_MUS-").removesuffix(f"_{piano}")
         found.append((path, piano, composition))
@@ -301,6 +305,13 @@ def legato_pedal(onsets: np.ndarray, end: float, random: np.random.Generator) ->
     return changes
 
 
+def on_one_piano(midi: pretty_midi.PrettyMIDI) -> pretty_midi.PrettyMIDI:
+    """All staves as one, with the notes that `read_keys` reads: a key that two of them hold is struck twice and released once."""
+    piano = notes_to_midi(keys_of(midi)[0])
+    piano.instruments[0].control_changes = [change for staff in midi.instruments if not staff.is_drum for change in staff.control_changes]
+    return piano
+
+
 def render_file(audio: Path, midi: Path, source: Path, soundfont: Path, pedals: str) -> float:
     """Play a performance with its `own` pedals, with `none`, or with one that is heard but `unlisted`: made up, and not in the MIDI
     file, where notes end with their keys, as in MAPS. It is the same whenever this SoundFont plays a file of this name."""
@@ -313,14 +324,13 @@ def render_file(audio: Path, midi: Path, source: Path, soundfont: Path, pedals: 
             shutil.copyfile(source, temporary)
         else:
             performance.write(str(temporary))
+    piano = on_one_piano(performance)
     if pedals == "unlisted":
         random = np.random.default_rng(int(rank_of(f"{soundfont.stem} {source.name}"), 16))
         onsets = np.array([note.start for instrument in performance.instruments for note in instrument.notes])
-        pedal = [pretty_midi.ControlChange(SUSTAIN_PEDAL, value, max(0, seconds))
-                 for seconds, value in legato_pedal(onsets, performance.get_end_time(), random)]
-        for instrument in performance.instruments:  # each staff has a channel of its own
-            instrument.control_changes += pedal
-    save_audio(audio, render_midi(performance, soundfont))
+        piano.instruments[0].control_changes += [pretty_midi.ControlChange(SUSTAIN_PEDAL, value, max(0, seconds))
+                                                 for seconds, value in legato_pedal(onsets, performance.get_end_time(), random)]
+    save_audio(audio, render_midi(piano, soundfont))
     return seconds_of(audio)
 
 
@@ -393,9 +403,11 @@ def hold_out(source: Path, out: Path, pianos: list[str]) -> int:
     if not trained or not unseen:
         raise ValueError(f"{source}: nothing is left to train on without {', '.join(pianos)}" if not trained else
                          f"{source}: all that {', '.join(pianos)} plays is also trained on with others, nothing is left to validate on")
-    for folder, some in ((out / "rest", rest), (out / "unseen", unseen)):
+    folders = {out / "rest": rest, out / "unseen": unseen}
+    for folder in folders:
         if folder.resolve() == source.resolve():
             raise ValueError(f"{folder}: is the source itself, choose another folder")
+    for folder, some in folders.items():
         linked = []
         for row in some:
             audio = find_audio(source, row["audio_filename"])
@@ -453,9 +465,9 @@ def check(folder: Path, workers: int) -> int:
     splits = defaultdict(set)
     for row in rows:
         splits[row["canonical_composer"], row["canonical_title"]].add(row["split"])
-    crossing = [" / ".join(piece) for piece, found in splits.items() if len(found) > 1]
+    crossing = [" / ".join(map(str, piece)) for piece, found in splits.items() if len(found) > 1]
     for line in [line for lines in faults for line in lines] + [f"{piece}: is in more than one split" for piece in crossing]:
-        print(line)
+        print(printable(line))
     n_bad = sum(bool(lines) for lines in faults)
     print(f"{folder}: {len(rows)} recordings read, {n_bad} bad, {len(crossing)} pieces in more than one split")
     return 1 if n_bad or crossing else 0

@@ -13,7 +13,7 @@ from audio import has_fluidsynth, load_audio, render_midi, save_audio
 from constants import F_MAX, F_MIN, HOP_SIZE, MAX_MIDI, MIN_MIDI, SAMPLE_RATE
 from devices import keep_pages, pick_device
 from evaluate import estimated_notes, probability
-from files import written_whole
+from files import printable, written_whole
 from model import RELEASED, LogMelSpectrogram, Transcriber, load_checkpoint
 from notes import Notes, notes_to_midi, write_midi
 
@@ -117,7 +117,7 @@ def transcribe_file(model: Transcriber, path: Path, base: Path, sound: bool) -> 
     except OSError as error:
         tqdm.write(f"transcribe.py: {error}", file=sys.stderr)
         return 1
-    tqdm.write(f"{path}: {len(audio) / SAMPLE_RATE:.1f} s, {len(notes)} notes -> {base}.midi")
+    tqdm.write(printable(f"{path}: {len(audio) / SAMPLE_RATE:.1f} s, {len(notes)} notes -> {base}.midi"))
     return 0
 
 

@@ -125,11 +125,11 @@ def test_a_talkative_ffmpeg_does_not_hang(tmp_path, monkeypatch):
         signal.signal(signal.SIGALRM, before)
 
 
-@pytest.mark.parametrize("part", [0.3, 0.9])
-@pytest.mark.parametrize("suffix", ["flac", "ogg", "mp3", "wav", "aiff"])
+@pytest.mark.parametrize("part", [0.3, 0.6, 0.9, 0.97])
+@pytest.mark.parametrize("suffix", ["flac", "ogg", "opus", "mp3", "wav", "aiff", "au", "w64", "rf64"])
 def test_a_truncated_file_is_refused(tmp_path, suffix, part):
     path = tmp_path / f"a.{suffix}"
-    soundfile.write(path, noise(), SAMPLE_RATE)
+    soundfile.write(path, noise(), SAMPLE_RATE, **({"format": "OGG", "subtype": "OPUS"} if suffix == "opus" else {}))
     whole = path.read_bytes()
     assert abs(len(load_audio(path)) - 2 * SAMPLE_RATE) <= 2
     path.write_bytes(whole[: int(part * len(whole))])
@@ -171,13 +171,40 @@ def test_a_truncated_m4a_is_refused(tmp_path):
             load_audio(path)
 
 
-def test_a_wav_from_a_pipe_promises_no_length(tmp_path):
-    """A program that writes to a pipe cannot go back to the header, and leaves its sizes at all ones: the file is whole."""
+@pytest.mark.parametrize("mode, level", [("CONSTANT", 0.2), ("VARIABLE", 0.9)])
+@pytest.mark.parametrize("tag", [0, 200, 70000])
+def test_an_mp3_without_a_length_is_read_to_its_end(tmp_path, mode, level, tag):
+    """What is cut from a stream lacks the first frame, which would tell its length; before it may be a tag of any size."""
+    path, quiet = tmp_path / "a.mp3", np.zeros(3 * SAMPLE_RATE, np.float32)
+    with soundfile.SoundFile(path, "w", SAMPLE_RATE, 1, bitrate_mode=mode, compression_level=level) as file:
+        file.write(np.concatenate([quiet, noise(), quiet, noise()]))
+    whole = path.read_bytes()
+    first = whole.index(b"\xff\xf3")
+    assert len(load_audio(path)) == 10 * SAMPLE_RATE and any(name in whole[first : first + 500] for name in (b"Xing", b"Info"))
+    head = b"ID3\4\0\0" + bytes(tag >> shift & 127 for shift in (21, 14, 7, 0)) + b"Xing".ljust(tag, b"\0") if tag else b""
+    path.write_bytes(head + whole[whole.index(b"\xff\xf3", first + 2) :])
+    heard = load_audio(path)
+    assert 0 <= len(heard) - 10 * SAMPLE_RATE < 5000  # what the encoder put before and after the sound
+    assert np.std(heard[-2 * SAMPLE_RATE :]) > 0.9 * np.std(noise())
+
+
+@needs_ffmpeg
+def test_a_flac_from_a_pipe_promises_no_length(tmp_path):
+    soundfile.write(tmp_path / "a.wav", noise(), SAMPLE_RATE)
+    with open(tmp_path / "piped.flac", "wb") as file:
+        made = subprocess.run(["ffmpeg", "-v", "error", "-i", tmp_path / "a.wav", "-f", "flac", "-"], check=True, capture_output=True)
+        file.write(made.stdout)
+    np.testing.assert_allclose(load_audio(tmp_path / "piped.flac"), noise(), atol=1e-4)
+
+
+@pytest.mark.parametrize("size", [0x7FFFF000, 0x7FFFFFFF, 0x80000000, 0xFFFFFFFF])
+def test_a_wav_from_a_pipe_promises_no_length(tmp_path, size):
+    """A program that writes to a pipe cannot go back to the header, and leaves its sizes at the most there is: the file is whole."""
     path = tmp_path / "piped.wav"
     soundfile.write(path, noise(), SAMPLE_RATE)
     content = bytearray(path.read_bytes())
     assert content[36:40] == b"data"
-    content[4:8] = content[40:44] = b"\xff" * 4
+    content[4:8] = content[40:44] = size.to_bytes(4, "little")
     path.write_bytes(content)
     np.testing.assert_allclose(load_audio(path), noise(), atol=1e-4)
 
@@ -297,6 +324,20 @@ def test_drums_are_silent():
     midi = notes_to_midi(Notes([[0.2, 0.5]], [60], [100]))
     midi.instruments[0].is_drum = True
     assert abs(played(midi)).max() < 1e-3
+
+
+@needs_fluidsynth
+def test_a_soundfont_without_a_piano_is_named(tmp_path):
+    """Else every recording would be silent, and named by none."""
+    content = bytearray(default_soundfont().read_bytes())
+    presets = content.index(b"phdr")  # SoundFont 2.01, 7.2: 38 bytes each, after the name of 20 its program and bank
+    size = int.from_bytes(content[presets + 4 : presets + 8], "little")
+    for place in range(presets + 28, presets + 8 + size, 38):
+        if content[place : place + 4] == bytes(4):
+            content[place] = 1
+    (tmp_path / "organ.sf2").write_bytes(content)
+    with pytest.raises(ValueError, match=r"organ\.sf2: has no piano"):
+        played(notes_to_midi(Notes([[0.2, 0.5]], [60], [100])), tmp_path / "organ.sf2")
 
 
 @needs_fluidsynth

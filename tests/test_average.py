@@ -55,3 +55,11 @@ def test_what_cannot_be_averaged_is_said_in_a_line(tmp_path: Path, data_folder: 
     error = capsys.readouterr().err
     assert error.startswith("average.py: ") and error.count("\n") == 1 and not (tmp_path / "mean.pt").exists()
     assert ("first.pt" if other != "no data" else "nowhere") in error
+
+
+def test_a_forgotten_out_overwrites_nothing(tmp_path: Path, data_folder: Path, capsys):
+    paths = [checkpoint(tmp_path / f"{seed}.pt", seed) for seed in (1, 2)]
+    before = [path.read_bytes() for path in paths]
+    assert average.main([*map(str, paths), "--data", str(data_folder)]) == 1
+    assert capsys.readouterr().err == f"average.py: {paths[1]}: is there already; the last file named is the one to write\n"
+    assert [path.read_bytes() for path in paths] == before

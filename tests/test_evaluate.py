@@ -577,10 +577,21 @@ def test_a_shared_checkpoint_is_scored_as_it_is_shared(checkpoint, data_folder, 
     assert json.loads((tmp_path / "shared_validation_midi.json").read_text()) == first
 
 
-def test_ctrl_c_says_so_in_a_line(checkpoint, data_folder, tmp_path, monkeypatch, capsys):
+def test_a_checkpoint_that_cannot_be_scored_is_not_shared(checkpoint, data_folder, tmp_path, capsys):
+    shared, before = tmp_path / "shared.pt", checkpoint.read_bytes()
+    shared.write_bytes(b"the good one")
+    assert evaluate.main([str(checkpoint), "--share", str(shared), "--data", str(tmp_path / "nowhere")]) == 1
+    assert "nowhere: is no folder" in capsys.readouterr().err and shared.read_bytes() == b"the good one"
+    with pytest.raises(SystemExit) as caught:
+        evaluate.main([str(checkpoint), "--share", str(checkpoint.parent / "." / checkpoint.name), "--data", str(data_folder)])
+    assert caught.value.code == 2 and checkpoint.read_bytes() == before
+
+
+@pytest.mark.parametrize("where", ["load_split", "evaluate_split"])
+def test_ctrl_c_says_so_in_a_line(checkpoint, data_folder, tmp_path, monkeypatch, capsys, where):
     def interrupted(*_):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(evaluate, "evaluate_split", interrupted)
+    monkeypatch.setattr(evaluate, where, interrupted)
     assert evaluate.main([str(checkpoint), "--data", str(data_folder), "--save_path", str(tmp_path)]) == 130
-    assert capsys.readouterr().err == "evaluate.py: interrupted; nothing is written\n" and not list(tmp_path.iterdir())
+    assert capsys.readouterr().err == "evaluate.py: interrupted; no scores are written\n" and not list(tmp_path.iterdir())

@@ -328,6 +328,14 @@ def test_maps_notes_come_from_the_list_and_velocities_from_the_midi(tmp_path):
     assert notes.velocities.tolist() == [33, 99, prepare.NO_VELOCITY]
 
 
+def test_maps_may_be_named_from_within(tmp_path, monkeypatch):
+    """Where a piano's folder is the current one, its name is not in the paths."""
+    write_maps(tmp_path / "MAPS", "AkPnBcht", "mz_1", LIST, PLAYED)
+    monkeypatch.chdir(tmp_path / "MAPS" / "AkPnBcht")
+    assert run("maps", ".", tmp_path / "out") == 0
+    assert read_table(tmp_path / "out")[0]["audio_filename"] == "AkPnBcht/MAPS_MUS-mz_1_AkPnBcht.flac"
+
+
 def test_broken_maps_files_are_named(tmp_path, capsys):
     source, out = tmp_path / "MAPS", tmp_path / "out"
     broken = {name: write_maps(source, "AkPnBcht", name, LIST, PLAYED) for name in ("words", "columns", "lost", "silent", "good")}
@@ -482,8 +490,8 @@ def test_a_split_to_render_that_is_not_there(data_folder, tmp_path, rendered, ca
 
 
 @needs_fluidsynth
-def test_recordings_that_would_share_a_name_do_not_overwrite_each_other(tmp_path):
-    """Two SoundFonts called piano.sf2, or song.mid beside song.midi: kept apart, or refused."""
+def test_recordings_that_would_share_a_name_do_not_overwrite_each_other(tmp_path, capsys):
+    """Two SoundFonts called piano.sf2, or song.mid beside song.midi."""
     source, fonts = performances(tmp_path / "midi"), [tmp_path / folder / "piano.sf2" for folder in ("one", "two")]
     write_midi(source / "Sonata Op.27 No.2.mid", Notes([[0.2, 0.4]], [72], [90]))
     for font in fonts:
@@ -491,9 +499,56 @@ def test_recordings_that_would_share_a_name_do_not_overwrite_each_other(tmp_path
         os.symlink(default_soundfont(), font)
     for number, soundfonts in enumerate((fonts, fonts[:1])):
         out = tmp_path / f"out{number}"
-        if run("render", source, out, "--soundfont", *soundfonts) == 0:
-            names = [row["audio_filename"] for row in read_table(out)]
-            assert len(set(names)) == len(names) == 4 * len(soundfonts)
+        assert run("render", source, out, "--soundfont", *soundfonts) == 1
+        assert capsys.readouterr().err == f"prepare.py: {out}: two recordings would have one name; rename one of the sources\n"
+        assert not out.exists()
+
+
+@needs_fluidsynth
+def test_a_table_that_names_other_recordings_is_not_replaced(data_folder, tmp_path, capsys):
+    """Neither the source's own, where OUT is the source, nor that of another split rendered before."""
+    source, out = tmp_path / "source", tmp_path / "out"
+    shutil.copytree(data_folder, source)
+    assert run("render", source, out, "--split", "validation") == 0
+    for command in (("render", source, source), ("render", source, out, "--split", "train"), ("demo", out),
+                    ("maestro", source, source, "--train", 1)):
+        folder = command[2] if len(command) > 2 else command[1]
+        before = (folder / "data.json").read_bytes()
+        assert run(*command) == 1
+        assert f"prepare.py: {folder}: its table names " in capsys.readouterr().err
+        assert (folder / "data.json").read_bytes() == before
+    assert run("render", source, out) == 0  # validation is part of all
+    assert {row["split"] for row in read_table(out)} == {row["split"] for row in read_table(source)}
+
+
+@needs_fluidsynth
+def test_a_key_that_two_staves_hold_sounds_as_long_as_its_label(tmp_path):
+    """Left and right hand share a key: struck again while it is down, it is released by the later of the two."""
+    (tmp_path / "midi").mkdir()
+    midi = notes_to_midi(Notes([[0.2, 1.0]], [60], [100]))
+    midi.instruments[0].notes.append(pretty_midi.Note(100, 20, 3.5, 3.9))  # lower than any key
+    midi.instruments.append(pretty_midi.Instrument(program=0))
+    midi.instruments[1].notes = [pretty_midi.Note(100, 60, 0.6, 3.0)]
+    midi.write(str(tmp_path / "midi" / "two hands.mid"))
+    assert run("render", tmp_path / "midi", tmp_path / "out") == 0
+    (row,) = read_table(tmp_path / "out")
+    heard, notes = load_audio(tmp_path / "out" / row["audio_filename"]), read_midi(tmp_path / "out" / row["midi_filename"])
+    np.testing.assert_allclose(notes.intervals, [[0.2, 0.6], [0.6, 3.0]], atol=0.01)
+    alone = np.concatenate(list(render_midi(notes_to_midi(Notes([[0.6, 3.0]], [60], [100])))))
+    for start in (0.7, 1.3, 2.5):
+        assert level(heard, start, start + 0.3) == pytest.approx(level(alone, start, start + 0.3), rel=0.3)
+    assert level(heard, 3.6, 3.9) < 0.1 * level(heard, 2.5, 2.8)
+
+
+@needs_fluidsynth
+@pytest.mark.skipif(sys.platform in ("win32", "darwin"), reason="names are Unicode there")
+def test_performances_may_have_names_of_any_bytes(tmp_path):
+    source = tmp_path / "midi"
+    source.mkdir()
+    write_midi(source / os.fsdecode(b"Fr\xe9d \\.mid"), Notes([[0.2, 0.4]], [72], [90]))
+    assert run("render", source, tmp_path / "out", "--split", "train") == 0
+    (recording,) = load_split(tmp_path / "out", "train")
+    assert len(recording.notes) == 1 and run("check", tmp_path / "out") == 0
 
 
 @needs_fluidsynth
@@ -593,6 +648,10 @@ def test_what_cannot_be_held_out_is_said(pianos, tmp_path, capsys):
     assert hold_out(tmp_path / "rest", tmp_path, "B") == 1
     assert "rest: is the source itself" in capsys.readouterr().err
     assert {path: path.read_bytes() for path in (tmp_path / "rest").rglob("*.*")} == before
+    shutil.move(tmp_path / "rest", tmp_path / "unseen")
+    assert hold_out(tmp_path / "unseen", tmp_path, "B") == 1
+    assert "unseen: is the source itself" in capsys.readouterr().err and not (tmp_path / "rest").exists()
+    shutil.move(tmp_path / "unseen", tmp_path / "rest")
     (tmp_path / "rest" / "B" / "3.midi").unlink()
     assert hold_out(tmp_path / "rest", tmp_path / "out", "B") == 1
     assert "B/3.midi: is named in the table and not on the disk" in capsys.readouterr().err
@@ -646,14 +705,15 @@ def test_every_kind_of_bad_recording_is_named(tmp_path, capsys):
         assert any(message in line for line in lines), name
 
 
-def test_a_piece_in_two_splits_is_named(tmp_path, data_folder, capsys):
+@pytest.mark.parametrize("title", ["piece 0", 5, None])
+def test_a_piece_in_two_splits_is_named(tmp_path, data_folder, capsys, title):
     folder = tmp_path / "data"
     shutil.copytree(data_folder, folder)
     rows = json.loads((folder / "data.json").read_text())
-    rows[-1]["canonical_title"] = rows[0]["canonical_title"]
+    rows[-1]["canonical_title"] = rows[0]["canonical_title"] = title
     write_json(folder / "data.json", rows)
     assert run("check", folder) == 1
-    assert capsys.readouterr().out.startswith("tester / piece 0: is in more than one split\n")
+    assert capsys.readouterr().out.startswith(f"tester / {title}: is in more than one split\n")
 
 
 # --- the command line ---

@@ -21,10 +21,12 @@ SAME = ("model", "sizes", "recipe")  # in all of them
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("checkpoints", type=Path, nargs="+", help="of the same model, sizes and recipe")
-    parser.add_argument("out", type=Path, help="checkpoint to write, which evaluate.py can --share")
+    parser.add_argument("out", type=Path, help="checkpoint to write, a new one, which evaluate.py can --share")
     parser.add_argument("--data", nargs="+", required=True, help="folders with a validation split")
     args = parser.parse_args(argv)
     try:
+        if args.out.exists():
+            raise ValueError(f"{args.out}: is there already; the last file named is the one to write")
         states = [read_checkpoint(path) for path in args.checkpoints]
         for path, state in zip(args.checkpoints, states):
             if any(state[name] != states[-1][name] for name in SAME) or state["weights"].keys() != states[-1]["weights"].keys():
