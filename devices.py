@@ -27,14 +27,16 @@ def keep_pages() -> None:
         mallopt(-8, 1)         # M_ARENA_MAX: no heap for each thread, which would be unmapped when it is empty
 
 
-def pick_device(name: str = "auto") -> torch.device:
-    """The device of that name, or the best there is.
+def pick_device(name: str = "auto", number: int | None = None) -> torch.device:
+    """The device of that name, or the best there is; of several GPUs that of this `number`.
 
     Raises:
         ValueError: this machine has no such device.
     """
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    if name == "cuda" and number is not None:  # before anything is put on the first, where each process would take up memory
+        name = f"cuda:{number}"
     try:
         torch.empty(1, device=name)
     except (RuntimeError, AssertionError) as error:

@@ -25,7 +25,7 @@ class BatchNorm(nn.modules.batchnorm._BatchNorm):
         pass
 
     def forward(self, x: Tensor) -> Tensor:
-        if not (self.training and dist.is_initialized() and dist.get_world_size() > 1):
+        if not (self.training and several_ranks()):
             return super().forward(x)
         y, mean, var = JointlyNormalised.apply(x, self.weight, self.bias, self.eps)
         with torch.no_grad():
@@ -34,6 +34,10 @@ class BatchNorm(nn.modules.batchnorm._BatchNorm):
             self.running_mean.lerp_(mean, self.momentum)
             self.running_var.lerp_(var * count / max(count - 1, 1), self.momentum)
         return y
+
+
+def several_ranks() -> bool:
+    return dist.is_initialized() and dist.get_world_size() > 1
 
 
 def mean_over_ranks(x: Tensor) -> Tensor:

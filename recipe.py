@@ -36,6 +36,11 @@ class Recipe:
     def __post_init__(self) -> None:
         if not self.combined_unit:
             raise ValueError("combined_unit is a whole number from 1 on, not 0")
+        if not self.learning_rate:
+            raise ValueError("learning_rate is more than 0, or nothing is learnt")
+        for name in ("room", "noise"):
+            if getattr(self, name) > 1:
+                raise ValueError(f"{name} is a probability, 1 at most, not {getattr(self, name):g}")
         if self.onset_target not in ONSET_PLACES:
             raise ValueError(f"onset_target is one of {', '.join(ONSET_PLACES)}, not {self.onset_target!r}")
 

@@ -3,6 +3,7 @@
 import argparse
 import dataclasses
 import datetime
+import itertools
 import math
 import os
 import shutil
@@ -71,7 +72,7 @@ def joined(model: nn.Module, device: torch.device) -> nn.Module:
     """The model with its gradients averaged over all processes; itself where there is only one."""
     if rank_and_world()[1] == 1:
         return model
-    # buffers need no broadcast: batch norm sees the joint batch in every rank, and the mel filters do not change
+    # buffers need no broadcast: batch norm and the level see the joint batch in every rank, and the mel filters do not change
     return nn.parallel.DistributedDataParallel(model, [device] if device.type == "cuda" else None, broadcast_buffers=False)
 
 
@@ -82,8 +83,8 @@ def batches(segments: Segments, batch_size: int, first: int, last: int, workers:
         workers = min(GPU_WORKERS, os.cpu_count() or 1) if device.type == "cuda" and forks else 0
     rank, world = rank_and_world()
     share = batch_size // world
-    numbers = [range((step - 1) * batch_size + rank * share, (step - 1) * batch_size + (rank + 1) * share)
-               for step in range(first, last + 1)]
+    numbers = (range((step - 1) * batch_size + rank * share, (step - 1) * batch_size + (rank + 1) * share)
+               for step in range(first, last + 1))
     loader = torch.utils.data.DataLoader(segments, batch_sampler=numbers, num_workers=workers, pin_memory=device.type == "cuda",
                                          worker_init_fn=leave_signals)
     for batch in loader:
@@ -299,6 +300,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     Raises:
         OSError, ValueError: the checkpoint to resume cannot be read, or a typed flag contradicts it.
     """
+    build_parser().parse_args(argv)  # --help ends here, with the defaults
     typed = typed_flags(argv)
     if "resume" in typed:
         state = read_checkpoint(typed["resume"])
@@ -345,6 +347,18 @@ def load_data(args: argparse.Namespace) -> dict[str, list[Recording]]:
     return data
 
 
+def new_run_folder() -> Path:
+    """Make runs/exp_ and the time, with a number behind it where another run began in the same second. Raises OSError."""
+    name = datetime.datetime.now().strftime("exp_%y%m%d-%H%M%S")
+    for number in itertools.count(1):
+        run = Path("runs") / (name if number == 1 else f"{name}-{number}")
+        try:
+            run.mkdir(parents=True)
+            return run
+        except FileExistsError:
+            continue
+
+
 def train(args: argparse.Namespace, data: dict[str, list[Recording]], device: torch.device) -> int:
     """The run itself: loop, validations, checkpoints, and the test split once at the end. Returns the exit status."""
     rank, world = rank_and_world()
@@ -365,6 +379,8 @@ def train(args: argparse.Namespace, data: dict[str, list[Recording]], device: to
     if args.state:
         optimizer.load_state_dict(args.state["optimizer"])
         schedule.load_state_dict(args.state["scheduler"])
+        for group, peak in zip(optimizer.param_groups, schedule.base_lrs):  # other --iterations than before give another rate from the first step on
+            group["lr"] = peak * learning_rate_factor(recipe, args.iterations, args.state["step"])
         first = args.state["step"] + 1
         if args.data == folders_of(args.state["arguments"]["data"]):
             best = args.state["best"]  # what was reached on other validation data says nothing about these
@@ -376,7 +392,7 @@ def train(args: argparse.Namespace, data: dict[str, list[Recording]], device: to
     description = {"folders": args.data, "onset_folders": args.onset_data,
                    "recordings": {split: len(recordings) for split, recordings in data.items()},
                    "minutes": {split: round(value, 1) for split, value in minutes.items()}}
-    run = args.logdir or Path("runs") / datetime.datetime.now().strftime("exp_%y%m%d-%H%M%S")
+    run = args.logdir or (new_run_folder() if rank == 0 else Path("runs"))
     log, writer = (tqdm.write if rank == 0 else lambda _: None), None
     log(f"{args.model}, {n_parameters(model):,} parameters, recipe {args.recipe}, seed {args.seed}, on {device}"
         + (f" x {world}" if world > 1 else "") + f", into {run}\n"
@@ -410,7 +426,6 @@ def train(args: argparse.Namespace, data: dict[str, list[Recording]], device: to
             # augmentation and dropout too are drawn from the seed and the step alone: that is the whole random state of a run
             torch.manual_seed(int(np.random.SeedSequence((args.seed, step, rank)).generate_state(1, np.uint64)[0] >> 1))
             losses = training_step(parallel, recipe, optimizer, batch, device)
-            schedule.step()
             validating = step % args.validation_interval == 0 or step == args.iterations
             unseen.append((step, sum(losses.values()), batch["recording"]))
             stopping = False
@@ -429,6 +444,7 @@ def train(args: argparse.Namespace, data: dict[str, list[Recording]], device: to
             if writer and (step % 10 == 0 or step == 1):
                 for name, scalar in {**losses, "learning_rate": torch.tensor(optimizer.param_groups[0]["lr"])}.items():
                     writer.add_scalar(f"train/{name}", scalar.item(), step)
+            schedule.step()
             if validating and rank == 0:
                 scores = validate(model, validation)
                 for name, mean in scores.items():
@@ -476,11 +492,11 @@ def main(argv: list[str] | None = None) -> int:
     keep_pages()
     try:
         args = parse_args(argv)
-        device = pick_device(args.device)
+        world = int(os.environ.get("WORLD_SIZE", 1))
+        device = pick_device(args.device, int(os.environ.get("LOCAL_RANK", 0)) if world > 1 else None)
         torch.backends.cudnn.benchmark = True  # every batch has one shape, whose fastest convolutions are worth a search
-        if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        if world > 1:
             if device.type == "cuda":
-                device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
                 torch.cuda.set_device(device)
             # the others wait while rank 0 makes data, validates and tests, so be patient
             dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=datetime.timedelta(hours=6))

@@ -15,7 +15,9 @@ from devices import pick_device
 def test_an_unknown_device_is_named():
     with pytest.raises(ValueError, match="device 'abacus'"):
         pick_device("abacus")
-    assert pick_device("cpu") == torch.device("cpu")
+    assert pick_device("cpu") == pick_device("cpu", 3) == torch.device("cpu")
+    with pytest.raises(ValueError, match="device 'cuda:99'"):  # of a hundred processes the last, with fewer GPUs or none
+        pick_device("cuda", 99)
 
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc" or not Path("/proc/self/statm").exists(), reason="memory is kept where glibc is, and measured on Linux")

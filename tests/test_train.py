@@ -106,6 +106,8 @@ def test_tensorboard_can_be_read_back(finished):
         assert [event.step for event in events.Scalars(name)] == [2, 4]
         assert all(np.isfinite(event.value) for event in events.Scalars(name))
     assert 0 < events.Scalars("metric/loss/frame_loss")[0].value < 5
+    first = events.Scalars("train/learning_rate")[0]
+    assert first.step == 1 and first.value == pytest.approx(RECIPES["default"].learning_rate * train.learning_rate_factor(RECIPES["default"], 4, 0))
 
 
 def test_save_midi_writes_what_is_heard(data_folder, tmp_path, monkeypatch, capsys):
@@ -254,6 +256,20 @@ def test_a_resumed_run_equals_an_uninterrupted_one(model, recipe, data_folder, t
     assert train.main(["--resume", str(tmp_path / "again" / "model-2.pt"), "--device", "cpu"]) == 0  # goes on in its own folder
     assert_same_run(tmp_path / "whole" / "model-4.pt", tmp_path / "again" / "model-4.pt")
     assert not same(state_of(tmp_path / "whole" / "model-2.pt")["weights"], state_of(tmp_path / "whole" / "model-4.pt")["weights"])
+
+
+def test_a_run_resumed_for_more_steps_has_their_learning_rate_at_once(finished, tmp_path, monkeypatch):
+    """At the end of four steps a cosine is zero, in the middle of eight it is not."""
+    used = []
+
+    def remember(model, recipe, optimizer, *rest, step=train.training_step):
+        used.append(optimizer.param_groups[0]["lr"])
+        return step(model, recipe, optimizer, *rest)
+
+    monkeypatch.setattr(train, "training_step", remember)
+    assert train.main(["--resume", str(finished / "model-4.pt"), "-i", "8", "--logdir", str(tmp_path), "--device", "cpu"]) == 0
+    recipe = RECIPES["default"]
+    assert used == pytest.approx([recipe.learning_rate * train.learning_rate_factor(recipe, 8, step) for step in range(4, 8)]) and min(used) > 0
 
 
 def test_a_run_resumed_elsewhere_leaves_a_whole_folder(finished, tmp_path):
@@ -502,7 +518,7 @@ sys.exit(train.main(sys.argv[2:]))
 """
 
 
-def test_two_processes_have_the_gradients_of_one(data_folder, tmp_path, monkeypatch):
+def test_two_processes_have_the_gradients_of_one(data_folder, tmp_path):
     """torchrun with gloo against one process with the joint batch: gradients of the first step, and one run folder of rank 0."""
     script = tmp_path / "first_step.py"
     script.write_text(SCRIPT)
@@ -520,6 +536,8 @@ def test_two_processes_have_the_gradients_of_one(data_folder, tmp_path, monkeypa
         error = (two[name] - gradient).norm()
         # a bias before a batch norm has no gradient but rounding
         assert error <= 2e-3 * gradient.norm() + 1e-6, f"{name}: {error} of {gradient.norm()}"
+    levels = [state_of(tmp_path / name / "model-1.pt")["weights"]["level"].item() for name in runs]  # of what both have heard
+    assert levels[0] > 0 and levels[1] == pytest.approx(levels[0], rel=1e-5)
     assert {path.name for path in (tmp_path / "two").iterdir() if "tfevents" not in path.name} \
         == {path.name for path in (tmp_path / "one").iterdir() if "tfevents" not in path.name}
     assert len(list((tmp_path / "two").glob("*tfevents*"))) == 1
@@ -610,10 +628,22 @@ def test_seed_and_weight_decay_change_the_weights(finished, data_folder, tmp_pat
         assert not torch.equal(changed["onset_fc.weight"], plain["onset_fc.weight"])
 
 
-def test_the_seed_draws_initial_weights_and_segments(data_folder):
+def test_the_seed_draws_segments(data_folder):
     recordings = load_split(data_folder, "train")
     a, b = (next(train.batches(Segments(recordings, 8192, seed), 2, 1, 1, 0, DEVICE))["audio"] for seed in (0, 1))
     assert not torch.equal(a, b)
+
+
+def test_runs_of_one_second_have_folders_of_their_own(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert len({train.new_run_folder() for _ in range(5)}) == len(list((tmp_path / "runs").iterdir())) == 5
+
+
+def test_help_shows_the_defaults(capsys):
+    with pytest.raises(SystemExit) as caught:
+        train.parse_args(["--help"])
+    out = " ".join(capsys.readouterr().out.split())
+    assert caught.value.code == 0 and "training steps (default: 5000)" in out and "which transcriber (default: onf)" in out
 
 
 def test_debug_makes_the_demo_set_where_there_is_no_data(tmp_path, monkeypatch, capsys):
