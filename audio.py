@@ -1,5 +1,6 @@
 """Sound: any audio file to mono at 16 kHz, and MIDI to sound through FluidSynth."""
 
+import contextlib
 import io
 import os
 import re
@@ -21,8 +22,8 @@ from files import written_whole
 BLOCK = 1 << 18        # samples read or written at a time; keeps memory flat, and libsndfile crashes on one long OGG write
 RENDER_RATE = 48000    # FluidSynth acts on events every 64 samples: 1.3 ms here, 4 ms at 16 kHz
 HEADER_SLIP = 1024     # bytes by which a whole file's header may promise too much: some programs count their own chunks in
-NO_SIZE = 0x7FFFF000   # bytes; this, or more, stands in the header of what a program wrote to a pipe
-NO_LENGTH = 1 << 50    # samples, likewise
+NO_SIZES = (0, 0x7FFFF000, 0x7FFFFFFF, 0x80000000, 0xFFFFFFFF)  # bytes; about one of these stands in the header of what a program wrote to a pipe
+NO_LENGTH = 1 << 50    # or more than this, in bytes or samples, where a header has room for it
 TAIL_SECONDS = 2.0     # what rings on after the last note of rendered MIDI
 
 
@@ -59,19 +60,19 @@ def read_blocks(path: Path) -> Iterator[tuple[np.ndarray, int]]:
     with open(path, "rb") as file:  # a missing or forbidden file gets Python's own words, not libsndfile's
         if not file.read(1):
             raise ValueError(f"{path}: is empty")
-    source, reason = None, "its length is unknown."
-    try:
-        source = open_sound(path)
-        if source.format == "MP3" and not tells_length(path):
-            source = soundfile.SoundFile(Endless(path))
-    except (soundfile.LibsndfileError, TypeError) as error:  # the latter of a name in .raw, whose rate soundfile would have to be told
-        reason = getattr(error, "error_string", str(error)).strip()
-    if source is None or (source.format == "FLAC" and source.frames > NO_LENGTH):  # which libsndfile opens and cannot read
-        if not (ffmpeg := shutil.which("ffmpeg")):
-            raise ValueError(f"{path}: holds no audio that libsndfile reads ({reason} Other formats, such as M4A, need ffmpeg, which is not installed)")
-        yield from ffmpeg_blocks(ffmpeg, path)
-        return
-    with source:
+    with contextlib.ExitStack() as opened:
+        source, reason = None, "it does not tell its length"
+        try:
+            source = opened.enter_context(open_sound(path))
+            if source.format == "MP3" and not tells_length(path):
+                source = opened.enter_context(soundfile.SoundFile(opened.enter_context(Endless(path))))
+        except (soundfile.LibsndfileError, TypeError) as error:  # the latter of a name in .raw, whose rate soundfile would have to be told
+            reason = getattr(error, "error_string", str(error)).strip(" .")
+        if source is None or (source.format == "FLAC" and source.frames > NO_LENGTH):  # which libsndfile opens and cannot read
+            if not (ffmpeg := shutil.which("ffmpeg")):
+                raise ValueError(f"{path}: holds no audio that libsndfile reads ({reason}), and ffmpeg, which reads M4A and more, is not installed")
+            yield from ffmpeg_blocks(ffmpeg, path)
+            return
         if is_cut_off(path, source):
             raise ValueError(f"{path}: is truncated, it is shorter than its header says")
         n_read = 0
@@ -93,7 +94,7 @@ def is_cut_off(path: Path, source: soundfile.SoundFile) -> bool:
         body = page + 27 + tail[page + 26]
         return not tail[page + 5] & 4 or body + sum(tail[page + 27 : body]) > len(tail)
     promise = re.search(r"^ *(?:data|SSND|riff|Riff size|Data Size) *: (\d+) \(should be (\d+)\)", source.extra_info, re.MULTILINE)  # WAV, AIFF, W64, RF64, AU
-    if not promise or not 0 < int(promise[1]) < NO_SIZE:
+    if not promise or int(promise[1]) > NO_LENGTH or any(abs(int(promise[1]) - size) < HEADER_SLIP for size in NO_SIZES):
         return False
     return int(promise[1]) - int(promise[2]) > HEADER_SLIP
 

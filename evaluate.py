@@ -12,6 +12,7 @@ import torch
 from tqdm import tqdm
 
 from analyse import OFFSET_RATIO, ONSET_TOLERANCE, add, compare, count, draw_errors, format_errors, held_by_pedal
+from commands import Help, print_any_name
 from constants import HOP_SIZE, MIN_MIDI, SAMPLE_RATE
 from dataset import SPLITS, Recording, folders_of, load_split
 from devices import keep_pages, pick_device
@@ -250,7 +251,7 @@ def write_results(path: Path, recordings: list[Recording], rows: list[dict[str, 
     named = [{"recording": recording.name, **row} for recording, row in zip(recordings, rows)]
     means = {name: {"mean": mean, "std": std} for name, (mean, std) in summarise(rows).items()}
     write_json(path.with_suffix(".json"), {**about, "sustain_extended": True, "thresholds": thresholds, "means": means, "recordings": named})
-    with written_whole(path.with_suffix(".csv")) as temporary, open(temporary, "w", newline="", encoding="utf-8") as file:
+    with written_whole(path.with_suffix(".csv")) as temporary, open(temporary, "w", newline="", encoding="utf-8", errors="backslashreplace") as file:
         table = csv.DictWriter(file, list(named[0]))
         table.writeheader()
         table.writerows(named)
@@ -258,7 +259,7 @@ def write_results(path: Path, recordings: list[Recording], rows: list[dict[str, 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="Score a checkpoint on whole recordings; per-recording results go to JSON and CSV.",
-                                     formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+                                     formatter_class=Help)
     parser.add_argument("checkpoint", type=Path, nargs="?", default=RELEASED, help=f"a model-*.pt of train.py; by default the released {RELEASED.name}")
     parser.add_argument("--data", nargs="+", help="data folders; by default those the checkpoint was trained on")
     parser.add_argument("--split", choices=SPLITS, default="test", help="which recordings")
@@ -276,20 +277,24 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     return args
 
 
-def run(args: argparse.Namespace) -> None:
-    """Score a checkpoint as the command line says; raises OSError and ValueError for what cannot be read or written."""
-    device = pick_device(args.device)
-    state = read_checkpoint(args.checkpoint)
-    model = model_of(state, args.checkpoint)
-    about = state.get("data", {})
-    folders = args.data or folders_of(about.get("folders") or about.get("folder", "data"))  # "folder": of an early checkpoint
-    recordings = load_split(folders, args.split)
-    if args.share:
-        share_checkpoint(args.share, state)
-        args.checkpoint = args.share
-        model = model_of(read_checkpoint(args.share), args.share)
-    to_analyse = recordings if args.analyse else []
-    held = [held_by_pedal(recording) for recording in tqdm(to_analyse, "reading pedals", unit="recording", leave=False, disable=None)]
+def run(args: argparse.Namespace) -> int:
+    """Score a checkpoint as the command line says. Returns the exit status."""
+    try:
+        device = pick_device(args.device)
+        state = read_checkpoint(args.checkpoint)
+        model = model_of(state, args.checkpoint)
+        about = state.get("data", {})
+        folders = args.data or folders_of(about.get("folders") or about.get("folder", "data"))  # "folder": of an early checkpoint
+        recordings = load_split(folders, args.split)
+        to_analyse = recordings if args.analyse else []
+        held = [held_by_pedal(recording) for recording in tqdm(to_analyse, "reading pedals", unit="recording", leave=False, disable=None)]
+        if args.share:
+            share_checkpoint(args.share, state)
+            args.checkpoint = args.share
+            model = model_of(read_checkpoint(args.share), args.share)
+    except (OSError, ValueError) as error:
+        print(f"evaluate.py: {error}", file=sys.stderr)
+        return 1
     heard: list[Notes] = []
     rows = evaluate_split(model.to(device), recordings, args.reference, heard if args.analyse else None)
     path = (args.save_path or args.checkpoint.parent) / f"{args.checkpoint.stem}_{args.split}_{args.reference}.json"
@@ -303,25 +308,27 @@ def run(args: argparse.Namespace) -> None:
         named = [{"recording": recording.name, **each} for recording, each in zip(recordings, counts)]
         analysis = {"analysis": {"total": total, "recordings": named}}
         print(f"\nall notes of the {len(rows)} recordings together\n{format_errors(total)}\n")
-    write_results(path, recordings, rows, model.thresholds, checkpoint=args.checkpoint.name, data=folders,
-                  split=args.split, reference=args.reference, **analysis)
-    if args.analyse:
-        draw_errors(path.with_suffix(".png"), total, f"{args.checkpoint}, {len(rows)} {args.split} recordings of {' '.join(folders)}")
+    try:
+        write_results(path, recordings, rows, model.thresholds, checkpoint=args.checkpoint.name, data=folders,
+                      split=args.split, reference=args.reference, **analysis)
+        if args.analyse:
+            draw_errors(path.with_suffix(".png"), total, f"{args.checkpoint}, {len(rows)} {args.split} recordings of {' '.join(folders)}")
+    except OSError as error:
+        print(f"evaluate.py: {error}", file=sys.stderr)
+        return 1
     print(f"per recording: {path} and .csv" + (f"; errors: {path} and .png" if args.analyse else ""))
+    return 0
 
 
 def main(argv: list[str] | None = None) -> int:
     args = parse_args(argv)
+    print_any_name()
     keep_pages()
     try:
-        run(args)
-    except (OSError, ValueError) as error:
-        print(f"evaluate.py: {error}", file=sys.stderr)
-        return 1
+        return run(args)
     except KeyboardInterrupt:
-        print("evaluate.py: interrupted; no scores are written", file=sys.stderr)
+        print("evaluate.py: interrupted; what is written is whole", file=sys.stderr)
         return 130
-    return 0
 
 
 if __name__ == "__main__":

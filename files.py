@@ -36,8 +36,3 @@ def write_json(path: str | Path, content: Any) -> None:
     with written_whole(path) as temporary:
         # what no Unicode is in a file's name becomes an escape of JSON's own
         temporary.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n", encoding="utf-8", errors="backslashreplace")
-
-
-def printable(text: str) -> str:
-    """Text that any terminal takes, whatever bytes the file names in it have."""
-    return os.fsencode(text).decode(errors="replace")

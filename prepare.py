@@ -24,9 +24,10 @@ import soundfile
 from tqdm import tqdm
 
 from audio import default_soundfont, has_fluidsynth, load_audio, open_sound, render_midi, save_audio
+from commands import Help, print_any_name
 from constants import MAX_MIDI, MIN_MIDI, SAMPLE_RATE
 from dataset import SPLITS, find_audio, find_table, read_table
-from files import printable, write_json, written_whole
+from files import write_json, written_whole
 from notes import SUSTAIN_PEDAL, Notes, keys_of, notes_to_midi, open_midi, read_midi, write_midi
 
 DEMO_SECONDS = 30
@@ -261,7 +262,7 @@ def convert_maps(audio: Path, midi: Path, from_audio: Path) -> float:
 def make_maps(source: Path, out: Path, workers: int) -> int:
     """The MAPS database with the split of Hawthorne et al. 2018: the Disklavier is test, the others train on other pieces."""
     found = []
-    for path in sorted(source.resolve().glob("**/MUS/*.wav")):  # of "." the piano's name could not be told
+    for path in sorted(Path(os.path.abspath(source)).glob("**/MUS/*.wav")):  # of "." the piano's name could not be told, nor of where a link leads
         piano = path.parent.parent.name
         composition = path.stem.removeprefix("MAPS_MUS-").removesuffix(f"_{piano}")
         found.append((path, piano, composition))
@@ -305,10 +306,11 @@ def legato_pedal(onsets: np.ndarray, end: float, random: np.random.Generator) ->
     return changes
 
 
-def on_one_piano(midi: pretty_midi.PrettyMIDI) -> pretty_midi.PrettyMIDI:
-    """All staves as one, with the notes that `read_keys` reads: a key that two of them hold is struck twice and released once."""
-    piano = notes_to_midi(keys_of(midi)[0])
-    piano.instruments[0].control_changes = [change for staff in midi.instruments if not staff.is_drum for change in staff.control_changes]
+def put_on_one_piano(midi: pretty_midi.PrettyMIDI) -> pretty_midi.Instrument:
+    """Make one of all staves, with the notes that `read_keys` reads: a key that two of them hold is struck twice and released once."""
+    (piano,) = notes_to_midi(keys_of(midi)[0]).instruments
+    piano.control_changes = [change for staff in midi.instruments if not staff.is_drum for change in staff.control_changes]
+    midi.instruments = [piano, *(staff for staff in midi.instruments if staff.is_drum)]
     return piano
 
 
@@ -324,13 +326,13 @@ def render_file(audio: Path, midi: Path, source: Path, soundfont: Path, pedals: 
             shutil.copyfile(source, temporary)
         else:
             performance.write(str(temporary))
-    piano = on_one_piano(performance)
+    piano = put_on_one_piano(performance)
     if pedals == "unlisted":
         random = np.random.default_rng(int(rank_of(f"{soundfont.stem} {source.name}"), 16))
-        onsets = np.array([note.start for instrument in performance.instruments for note in instrument.notes])
-        piano.instruments[0].control_changes += [pretty_midi.ControlChange(SUSTAIN_PEDAL, value, max(0, seconds))
-                                                 for seconds, value in legato_pedal(onsets, performance.get_end_time(), random)]
-    save_audio(audio, render_midi(piano, soundfont))
+        onsets = np.array([note.start for note in piano.notes])
+        piano.control_changes += [pretty_midi.ControlChange(SUSTAIN_PEDAL, value, max(0, seconds))
+                                  for seconds, value in legato_pedal(onsets, performance.get_end_time(), random)]
+    save_audio(audio, render_midi(performance, soundfont))
     return seconds_of(audio)
 
 
@@ -467,7 +469,7 @@ def check(folder: Path, workers: int) -> int:
         splits[row["canonical_composer"], row["canonical_title"]].add(row["split"])
     crossing = [" / ".join(map(str, piece)) for piece, found in splits.items() if len(found) > 1]
     for line in [line for lines in faults for line in lines] + [f"{piece}: is in more than one split" for piece in crossing]:
-        print(printable(line))
+        print(line)
     n_bad = sum(bool(lines) for lines in faults)
     print(f"{folder}: {len(rows)} recordings read, {n_bad} bad, {len(crossing)} pieces in more than one split")
     return 1 if n_bad or crossing else 0
@@ -483,7 +485,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     commands = parser.add_subparsers(dest="command", required=True)
 
     def command(name: str, text: str, *paths: tuple[str, str], workers: bool = True) -> argparse.ArgumentParser:
-        sub = commands.add_parser(name, help=text, description=text, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+        sub = commands.add_parser(name, help=text, description=text, formatter_class=Help)
         for path, meaning in paths:
             sub.add_argument(path, type=Path, help=meaning)
         if workers:
@@ -513,6 +515,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 
 def main(argv: list[str] | None = None) -> int:
     args = parse_args(argv)
+    print_any_name()
     try:
         if args.command == "demo":
             return make_demo(args.out, args.num_workers)

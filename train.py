@@ -22,6 +22,7 @@ from tqdm import tqdm
 
 import prepare
 from augment import augment, transposed, uniform
+from commands import Help, print_any_name
 from constants import HOP_SIZE, SAMPLE_RATE
 from dataset import Recording, Segments, find_table, folders_of, load_split
 from devices import autocast, keep_pages, pick_device
@@ -256,7 +257,7 @@ def build_parser(**defaults: Any) -> argparse.ArgumentParser:
         return text
 
     parser = argparse.ArgumentParser(description="Train a piano transcriber, choose its best checkpoint on validation, score it on test.",
-                                     formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+                                     formatter_class=Help)
     add = parser.add_argument
     add("--model", "--model_type", type=str.lower, choices=tuple(MODELS), default="onf", help="which transcriber")
     add("--recipe", type=recipe, default="default", metavar="NAME[,ENTRY=VALUE...]",
@@ -349,11 +350,12 @@ def load_data(args: argparse.Namespace) -> dict[str, list[Recording]]:
 
 def new_run_folder() -> Path:
     """Make runs/exp_ and the time, with a number behind it where another run began in the same second. Raises OSError."""
+    Path("runs").mkdir(exist_ok=True)
     name = datetime.datetime.now().strftime("exp_%y%m%d-%H%M%S")
     for number in itertools.count(1):
         run = Path("runs") / (name if number == 1 else f"{name}-{number}")
         try:
-            run.mkdir(parents=True)
+            run.mkdir()
             return run
         except FileExistsError:
             continue
@@ -489,6 +491,7 @@ def test(run: Path, args: argparse.Namespace, recordings: list[Recording], devic
 
 
 def main(argv: list[str] | None = None) -> int:
+    print_any_name()
     keep_pages()
     try:
         args = parse_args(argv)

@@ -10,10 +10,11 @@ import torch
 from tqdm import tqdm
 
 from audio import has_fluidsynth, load_audio, render_midi, save_audio
+from commands import Help, print_any_name
 from constants import F_MAX, F_MIN, HOP_SIZE, MAX_MIDI, MIN_MIDI, SAMPLE_RATE
 from devices import keep_pages, pick_device
 from evaluate import estimated_notes, probability
-from files import printable, written_whole
+from files import written_whole
 from model import RELEASED, LogMelSpectrogram, Transcriber, load_checkpoint
 from notes import Notes, notes_to_midi, write_midi
 
@@ -117,13 +118,13 @@ def transcribe_file(model: Transcriber, path: Path, base: Path, sound: bool) -> 
     except OSError as error:
         tqdm.write(f"transcribe.py: {error}", file=sys.stderr)
         return 1
-    tqdm.write(printable(f"{path}: {len(audio) / SAMPLE_RATE:.1f} s, {len(notes)} notes -> {base}.midi"))
+    tqdm.write(f"{path}: {len(audio) / SAMPLE_RATE:.1f} s, {len(notes)} notes -> {base}.midi")
     return 0
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(usage="%(prog)s [options] [checkpoint.pt] audio [audio ...]", description="Transcribe piano recordings: NAME_transcribed.midi, .wav (the MIDI played), .png (piano "
-                                     "roll) and .npz (probabilities and notes).", formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+                                     "roll) and .npz (probabilities and notes).", formatter_class=Help)
     parser.add_argument("paths", type=Path, nargs="+", metavar="audio",
                         help="recordings, or folders of them, of any length, rate and channel count; before them a model-*.pt of "
                         f"train.py, else it is {RELEASED.relative_to(RELEASED.parents[2])}, which comes with this project")
@@ -139,6 +140,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 
 def main(argv: list[str] | None = None) -> int:
     args = parse_args(argv)
+    print_any_name()
     keep_pages()
     try:
         model = load_checkpoint(args.checkpoint, pick_device(args.device))

@@ -100,7 +100,7 @@ def test_what_is_no_audio_is_named(tmp_path, name, content, message):
 def test_without_ffmpeg_the_message_says_so(tmp_path, monkeypatch):
     monkeypatch.setattr(audio.shutil, "which", lambda name: None)
     (tmp_path / "a.m4a").write_bytes(b"\0\0\0\x20ftypM4A " + bytes(100))
-    with pytest.raises(ValueError, match=r"a\.m4a: holds no audio that libsndfile reads .*M4A, need ffmpeg, which is not installed"):
+    with pytest.raises(ValueError, match=r"a\.m4a: holds no audio that libsndfile reads .*ffmpeg, which reads M4A and more, is not installed"):
         load_audio(tmp_path / "a.m4a")
 
 
@@ -137,10 +137,11 @@ def test_a_truncated_file_is_refused(tmp_path, suffix, part):
         load_audio(path)
 
 
-def test_an_ogg_cut_within_the_head_of_its_last_page_is_refused(tmp_path):
+@pytest.mark.parametrize("n_bytes", [5, 6, 26, 27])
+def test_an_ogg_cut_within_the_head_of_its_last_page_is_refused(tmp_path, n_bytes):
     soundfile.write(tmp_path / "a.ogg", noise(), SAMPLE_RATE)
     whole = (tmp_path / "a.ogg").read_bytes()
-    (tmp_path / "a.ogg").write_bytes(whole[: whole.rfind(b"OggS") + 5])
+    (tmp_path / "a.ogg").write_bytes(whole[: whole.rfind(b"OggS") + n_bytes])
     with pytest.raises(ValueError, match=r"a\.ogg: (is truncated|is broken|holds no)"):
         load_audio(tmp_path / "a.ogg")
 
@@ -207,6 +208,31 @@ def test_a_wav_from_a_pipe_promises_no_length(tmp_path, size):
     content[4:8] = content[40:44] = size.to_bytes(4, "little")
     path.write_bytes(content)
     np.testing.assert_allclose(load_audio(path), noise(), atol=1e-4)
+
+
+@pytest.mark.parametrize("suffix, size", [("wav", 2_200_000_000), ("wav", 3_000_000_000), ("aiff", 3_000_000_000), ("au", 3_000_000_000),
+                                          ("w64", 3_000_000_000), ("w64", 30_000_000_000), ("rf64", 3_000_000_000), ("rf64", 30_000_000_000)])
+def test_gigabytes_that_are_missing_are_missed(tmp_path, suffix, size):
+    path = tmp_path / f"a.{suffix}"
+    soundfile.write(path, noise(), SAMPLE_RATE)
+    whole = path.read_bytes()
+    n_bytes = 2 * len(noise())
+    where, order = {"wav": (40, "little"), "aiff": (whole.find(b"SSND") + 4, "big"), "au": (8, "big" if whole[:4] == b".snd" else "little"),
+                    "w64": (16, "little"), "rf64": (20, "little")}[suffix]
+    width = 8 if suffix in ("w64", "rf64") else 4
+    assert 0 <= int.from_bytes(whole[where : where + width], order) - n_bytes <= 104  # W64 and RF64 count heads in
+    path.write_bytes(whole[:where] + size.to_bytes(width, order) + whole[where + width :])
+    with pytest.raises(ValueError, match=rf"a\.{suffix}: (is truncated|holds no samples)"):
+        load_audio(path)
+
+
+@needs_ffmpeg
+@pytest.mark.parametrize("kind", ["wav", "w64", "au", "aiff"])
+def test_what_ffmpeg_writes_to_a_pipe_is_whole(tmp_path, kind):
+    soundfile.write(tmp_path / "a.wav", noise(), SAMPLE_RATE)
+    made = subprocess.run(["ffmpeg", "-v", "error", "-i", tmp_path / "a.wav", "-f", kind, "-"], check=True, capture_output=True)
+    (tmp_path / f"piped.{kind}").write_bytes(made.stdout)
+    np.testing.assert_allclose(load_audio(tmp_path / f"piped.{kind}"), noise(), atol=1e-4)
 
 
 def test_a_header_may_count_its_own_bytes(tmp_path):

@@ -594,4 +594,4 @@ def test_ctrl_c_says_so_in_a_line(checkpoint, data_folder, tmp_path, monkeypatch
 
     monkeypatch.setattr(evaluate, where, interrupted)
     assert evaluate.main([str(checkpoint), "--data", str(data_folder), "--save_path", str(tmp_path)]) == 130
-    assert capsys.readouterr().err == "evaluate.py: interrupted; no scores are written\n" and not list(tmp_path.iterdir())
+    assert capsys.readouterr().err == "evaluate.py: interrupted; what is written is whole\n" and not list(tmp_path.iterdir())

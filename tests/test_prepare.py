@@ -20,6 +20,7 @@ import prepare
 from audio import default_soundfont, has_fluidsynth, load_audio, render_midi
 from constants import HOP_SIZE, SAMPLE_RATE
 from dataset import COLUMNS, load_split, read_table
+from evaluate import write_results
 from files import write_json
 from notes import Notes, notes_to_midi, read_midi, write_midi
 from prepare import legato_pedal, main
@@ -336,6 +337,14 @@ def test_maps_may_be_named_from_within(tmp_path, monkeypatch):
     assert read_table(tmp_path / "out")[0]["audio_filename"] == "AkPnBcht/MAPS_MUS-mz_1_AkPnBcht.flac"
 
 
+def test_maps_link_has_the_piano_it_is_named_after(tmp_path):
+    write_maps(tmp_path / "disk 1", "ENSTDkAm", "mz_1", LIST, PLAYED)
+    (tmp_path / "disk 1" / "ENSTDkAm").rename(tmp_path / "disk 1" / "part 2")
+    (tmp_path / "ENSTDkAm").symlink_to(tmp_path / "disk 1" / "part 2")
+    assert run("maps", tmp_path / "ENSTDkAm", tmp_path / "out") == 0
+    assert [(row["split"], row["canonical_title"]) for row in read_table(tmp_path / "out")] == [("test", "mz_1")]
+
+
 def test_broken_maps_files_are_named(tmp_path, capsys):
     source, out = tmp_path / "MAPS", tmp_path / "out"
     broken = {name: write_maps(source, "AkPnBcht", name, LIST, PLAYED) for name in ("words", "columns", "lost", "silent", "good")}
@@ -541,6 +550,22 @@ def test_a_key_that_two_staves_hold_sounds_as_long_as_its_label(tmp_path):
 
 
 @needs_fluidsynth
+def test_what_is_rendered_lasts_as_long_as_its_file(tmp_path):
+    """A pedal that never goes up holds its notes to the end of the file, which drums or words may mark."""
+    (tmp_path / "midi").mkdir()
+    midi = notes_to_midi(Notes([[0.2, 1.0]], [60], [100]))
+    midi.instruments[0].control_changes.append(pretty_midi.ControlChange(64, 127, 0.5))
+    midi.instruments.append(pretty_midi.Instrument(program=0, is_drum=True))
+    midi.instruments[1].notes.append(pretty_midi.Note(100, 60, 3.0, 4.0))
+    midi.lyrics.append(pretty_midi.Lyric("end", 6.0))
+    midi.write(str(tmp_path / "midi" / "song.mid"))
+    assert run("render", tmp_path / "midi", tmp_path / "out") == 0
+    (row,) = read_table(tmp_path / "out")
+    (ends,) = read_midi(tmp_path / "out" / row["midi_filename"]).intervals[:, 1]
+    assert ends == pytest.approx(6.0, abs=0.01) and row["duration"] == pytest.approx(8.0, abs=0.1)
+
+
+@needs_fluidsynth
 @pytest.mark.skipif(sys.platform in ("win32", "darwin"), reason="names are Unicode there")
 def test_performances_may_have_names_of_any_bytes(tmp_path):
     source = tmp_path / "midi"
@@ -549,6 +574,9 @@ def test_performances_may_have_names_of_any_bytes(tmp_path):
     assert run("render", source, tmp_path / "out", "--split", "train") == 0
     (recording,) = load_split(tmp_path / "out", "train")
     assert len(recording.notes) == 1 and run("check", tmp_path / "out") == 0
+    write_results(tmp_path / "results.json", [recording], [{"metric/note/f1": 1.0}], {})
+    with open(tmp_path / "results.csv", encoding="utf-8") as file:
+        assert "Fr\\udce9d" in file.read()
 
 
 @needs_fluidsynth

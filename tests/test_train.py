@@ -1,6 +1,7 @@
 """Training runs of a few tiny steps: what they write, how they stop and go on, and that several processes are as one."""
 
 import dataclasses
+import datetime
 import json
 import os
 import re
@@ -634,9 +635,25 @@ def test_the_seed_draws_segments(data_folder):
     assert not torch.equal(a, b)
 
 
-def test_runs_of_one_second_have_folders_of_their_own(tmp_path, monkeypatch):
+def test_runs_of_one_second_have_folders_of_their_own(data_folder, tmp_path, monkeypatch):
+    class Stopped(datetime.datetime):
+        @classmethod
+        def now(cls):
+            return cls(2026, 1, 2, 3, 4, 5)
+
+    monkeypatch.setattr(train.datetime, "datetime", Stopped)
     monkeypatch.chdir(tmp_path)
-    assert len({train.new_run_folder() for _ in range(5)}) == len(list((tmp_path / "runs").iterdir())) == 5
+    for _ in range(2):
+        assert train.main(["--data", str(data_folder), "--model", "rnn", "-i", "1", *TINY]) == 0
+    assert [path.name for path in sorted((tmp_path / "runs").iterdir())] == ["exp_260102-030405", "exp_260102-030405-2"]
+    assert len(list((tmp_path / "runs").glob("*/results.txt"))) == 2
+
+
+def test_runs_that_cannot_be_made_are_told_of(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "runs").symlink_to(tmp_path / "a disk that is not there")
+    with pytest.raises(OSError, match="runs"):
+        train.new_run_folder()
 
 
 def test_help_shows_the_defaults(capsys):
@@ -644,6 +661,7 @@ def test_help_shows_the_defaults(capsys):
         train.parse_args(["--help"])
     out = " ".join(capsys.readouterr().out.split())
     assert caught.value.code == 0 and "training steps (default: 5000)" in out and "which transcriber (default: onf)" in out
+    assert "of weights, segments and dropout (default: 0)" in out and not re.search(r"\(default: (None|False|\[\])\)", out)
 
 
 def test_debug_makes_the_demo_set_where_there_is_no_data(tmp_path, monkeypatch, capsys):

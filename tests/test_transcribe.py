@@ -1,7 +1,9 @@
 """Recordings of every kind to files; the command run on files and folders."""
 
+import io
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -250,6 +252,14 @@ def test_ctrl_c_says_so_in_a_line(checkpoint, tones, tmp_path, plain, monkeypatc
     assert run(checkpoint, tmp_path / "out", tones.audio) == 130
     assert capsys.readouterr().err.splitlines()[-1] == "transcribe.py: interrupted; what is written is whole"
     assert not (tmp_path / "out").exists()
+
+
+def test_names_that_the_terminal_cannot_show_stop_nothing(checkpoint, tones, tmp_path, plain, monkeypatch):
+    for name in ("a Ω", "b"):
+        shutil.copy(tones.audio, tmp_path / f"{name}.wav")
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(io.BytesIO(), encoding="ascii", write_through=True))
+    assert run(checkpoint, tmp_path / "out", tmp_path / "a Ω.wav", tmp_path / "b.wav") == 0
+    assert b"a \\u03a9.wav" in sys.stdout.buffer.getvalue() and "b_transcribed.midi" in written(tmp_path / "out")
 
 
 def test_a_failed_file_does_not_stop_the_others(checkpoint, tones, tmp_path, plain, capsys):
