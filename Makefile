@@ -10,6 +10,7 @@ APT = asroot=; [ "$$(id -u)" = 0 ] || asroot="sudo -n"; \
 
 demo: setup
 	$(BIN)/python prepare.py demo data/demo
+	rm -rf runs/demo
 	$(BIN)/python train.py --debug --data data/demo --logdir runs/demo
 	$(BIN)/python transcribe.py runs/demo/model-best.pt data/demo/test/demo13.flac --save_path runs/demo
 	@echo "written: $$(ls runs/demo/demo13_transcribed.* | tr '\n' ' ')"

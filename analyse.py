@@ -18,7 +18,7 @@ Kinds 3 and 4 name an interval, not a cause: in chords an octave or a twelfth al
 
 The offset of a found note is *right* within 50 ms or 20 % of the reference's duration, else *too short* or *too long*. What ended
 the reference note is told beside it: the *pedal*, when it sounded on after its key was released, or the *key*. MIDI files
-without any pedal event (CC64) cannot say; lists of notes such as those of MAPS hold sounding lengths alone.
+without any pedal event (CC64) cannot say; lists of notes such as those of MAPS tell of no pedal.
 """
 
 from dataclasses import dataclass

@@ -102,17 +102,17 @@ def read_table(folder: str | Path) -> list[dict[str, Any]]:
         raise ValueError(f"{folder}: holds no data.json nor maestro-v*.csv; prepare.py makes data folders")
     try:
         if path.suffix == ".csv":
-            with open(path, newline="", encoding="utf-8") as file:
+            with open(path, newline="", encoding="utf-8-sig") as file:  # some editors begin with a byte order mark
                 rows = list(csv.DictReader(file))
         else:
-            rows = json.loads(path.read_text(encoding="utf-8"))
+            rows = json.loads(path.read_text(encoding="utf-8-sig"))
             if isinstance(rows, dict):  # MAESTRO v3: {column: {row number: value}}
                 rows = [{column: cells[number] for column, cells in rows.items()} for number in rows["split"]]
-        rows = [{**row, "duration": float(row["duration"])} for row in rows]
+        missing = [column for column in COLUMNS if any(column not in row for row in rows)]
+        rows = [{**row, "duration": float(row.get("duration", 0))} for row in rows]
         for name in (row.get(column, "") for row in rows for column in ("midi_filename", "audio_filename")):
             if Path(name).is_absolute() or ".." in Path(name).parts:  # what is named after a recording stays in its folder
                 raise ValueError(f"{name} lies outside the folder")
-        missing = [column for column in COLUMNS if any(column not in row for row in rows)]
     except OSError as error:
         raise OSError(f"{path}: cannot be read ({error.strerror})") from error
     except (ValueError, KeyError, TypeError, AttributeError, csv.Error) as error:

@@ -261,7 +261,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="Score a checkpoint on whole recordings; per-recording results go to JSON and CSV.",
                                      formatter_class=Help)
     parser.add_argument("checkpoint", type=Path, nargs="?", default=RELEASED, help=f"a model-*.pt of train.py; by default the released {RELEASED.name}")
-    parser.add_argument("--data", nargs="+", help="data folders; by default those the checkpoint was trained on")
+    parser.add_argument("--data", nargs="+", help="data folders; by default those that a run's checkpoint was trained on, or data")
     parser.add_argument("--split", choices=SPLITS, default="test", help="which recordings")
     parser.add_argument("--reference", choices=("midi", "roll"), default="midi",
                         help="notes to find: the MIDI file's own, as in published tables, or those of its rolls, as in the course")
@@ -298,26 +298,28 @@ def run(args: argparse.Namespace) -> int:
     heard: list[Notes] = []
     rows = evaluate_split(model.to(device), recordings, args.reference, heard if args.analyse else None)
     path = (args.save_path or args.checkpoint.parent) / f"{args.checkpoint.stem}_{args.split}_{args.reference}.json"
-    print(f"{args.checkpoint}, {len(rows)} {args.split} recordings of {' '.join(folders)}, reference: {args.reference}, "
-          f"sustain-extended: yes, thresholds: onset {model.thresholds['onset']:.2f}, frame {model.thresholds['frame']:.2f}")
-    print(format_table(summarise(rows)))
+    said = [f"{args.checkpoint}, {len(rows)} {args.split} recordings of {' '.join(folders)}, reference: {args.reference}, "
+            f"sustain-extended: yes, thresholds: onset {model.thresholds['onset']:.2f}, frame {model.thresholds['frame']:.2f}",
+            format_table(summarise(rows))]
     analysis = {}
     if args.analyse:
         counts = [count(compare(recording.notes, notes, pedal)) for recording, notes, pedal in zip(recordings, heard, held)]
         total = add(counts)
         named = [{"recording": recording.name, **each} for recording, each in zip(recordings, counts)]
         analysis = {"analysis": {"total": total, "recordings": named}}
-        print(f"\nall notes of the {len(rows)} recordings together\n{format_errors(total)}\n")
+        said.append(f"\nall notes of the {len(rows)} recordings together\n{format_errors(total)}\n")
     try:
         write_results(path, recordings, rows, model.thresholds, checkpoint=args.checkpoint.name, data=folders,
                       split=args.split, reference=args.reference, **analysis)
         if args.analyse:
             draw_errors(path.with_suffix(".png"), total, f"{args.checkpoint}, {len(rows)} {args.split} recordings of {' '.join(folders)}")
+        said.append(f"per recording: {path} and .csv" + (f"; errors: {path} and .png" if args.analyse else ""))
+        status = 0
     except OSError as error:
         print(f"evaluate.py: {error}", file=sys.stderr)
-        return 1
-    print(f"per recording: {path} and .csv" + (f"; errors: {path} and .png" if args.analyse else ""))
-    return 0
+        status = 1
+    print("\n".join(said))  # after the files, for who reads it may close the pipe early
+    return status
 
 
 def main(argv: list[str] | None = None) -> int:

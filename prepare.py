@@ -233,7 +233,7 @@ def convert_maestro(audio: Path, midi: Path, source: Path, row: Row) -> float:
 def read_maps_list(path: Path, midi: Path) -> Notes:
     """A MAPS note list (OnsetTime, OffsetTime, MidiPitch), its velocities taken from the MIDI file beside it.
 
-    The lists are the reference of Emiya et al., IEEE TASLP 2010; their offsets are meant to include the sustain pedal.
+    The lists are the reference of Emiya et al., IEEE TASLP 2010; their offsets are meant to include the sustain pedal, and most lie where the key goes up.
     """
     try:
         table = np.loadtxt(path, skiprows=1, ndmin=2)

@@ -320,6 +320,9 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         args = build_parser(**(debug if typed.get("debug") else {})).parse_args(argv)
         args.learning_rate = args.learning_rate or parse_recipe(args.recipe).learning_rate
         args.state = None
+    resumed = args.state is not None and args.logdir.resolve() == typed["resume"].parent.resolve()
+    if args.logdir and not resumed and any(args.logdir.glob("model-*.pt")):
+        raise ValueError(f"--logdir {args.logdir}: holds another run; go on with that by --resume, or name another folder")
     world = int(os.environ.get("WORLD_SIZE", 1))
     if args.batch_size % world:
         raise ValueError(f"--batch_size {args.batch_size}: does not divide among {world} processes")

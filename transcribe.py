@@ -2,6 +2,8 @@
 
 import argparse
 import sys
+import tempfile
+from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -19,7 +21,7 @@ from model import RELEASED, LogMelSpectrogram, Transcriber, load_checkpoint
 from notes import Notes, notes_to_midi, write_midi
 
 SUFFIXES = (".wav", ".flac", ".mp3", ".ogg", ".oga", ".opus", ".aiff", ".aif", ".aifc", ".au", ".caf", ".w64", ".rf64",
-            ".m4a", ".mp4", ".aac", ".wma", ".webm", ".mka")  # what is picked out of a folder; a named file may be called anything
+            ".mp2", ".m4a", ".m4b", ".mp4", ".mov", ".aac", ".wma", ".webm", ".mka", ".mkv")  # what is picked out of a folder; a named file may be called anything
 MARK = "_transcribed"    # ends the stem of every file written here, which are not taken for recordings
 PICTURE_SECONDS = 60     # how much of a recording its picture shows
 
@@ -40,9 +42,10 @@ def find_recordings(paths: list[Path]) -> list[tuple[Path, Path]]:
             found += [(file, file.relative_to(path)) for file in inside]
         else:  # a missing one is for load_audio to report, beside the others' results
             found.append((path, Path(path.name)))
+    stems = Counter(name.with_name(name.stem) for _, name in found)
     named = {}
     for path, name in found:
-        target = name.with_name(name.stem + MARK)
+        target = name.with_name((name.stem if stems[name.with_name(name.stem)] == 1 else name.name) + MARK)  # of song.mp3 and song.wav, the whole
         if target in named:
             raise ValueError(f"{path} and {named[target]} would both write {target}.midi; transcribe them into different folders")
         named[target] = path
@@ -122,6 +125,14 @@ def transcribe_file(model: Transcriber, path: Path, base: Path, sound: bool) -> 
     return 0
 
 
+def check_writable(folder: Path) -> None:
+    """Raise OSError if no files can be written in a folder, or it cannot be made: better at once than after hours of work."""
+    try:
+        tempfile.TemporaryFile(dir=next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())).close()
+    except OSError as error:
+        raise OSError(f"{folder}: cannot be written ({error.strerror})") from error
+
+
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(usage="%(prog)s [options] [checkpoint.pt] audio [audio ...]", description="Transcribe piano recordings: NAME_transcribed.midi, .wav (the MIDI played), .png (piano "
                                      "roll) and .npz (probabilities and notes).", formatter_class=Help)
@@ -145,6 +156,7 @@ def main(argv: list[str] | None = None) -> int:
     try:
         model = load_checkpoint(args.checkpoint, pick_device(args.device))
         recordings = find_recordings(args.audio)
+        check_writable(args.save_path)
     except (OSError, ValueError) as error:
         print(f"transcribe.py: {error}", file=sys.stderr)
         return 1

@@ -166,6 +166,13 @@ def test_every_shape_of_table_gives_the_same_rows(tmp_path, name):
     assert read_table(tmp_path) == ROWS
 
 
+@pytest.mark.parametrize("name", ["data.json", "maestro-v3.0.0.csv"])
+def test_a_byte_order_mark_is_no_part_of_a_table(tmp_path, name):
+    write_table(tmp_path / name, ROWS)
+    (tmp_path / name).write_bytes(b"\xef\xbb\xbf" + (tmp_path / name).read_bytes())
+    assert read_table(tmp_path) == ROWS
+
+
 def test_a_made_table_comes_before_an_official_one(tmp_path):
     write_table(tmp_path / "maestro-v2.0.0.csv", ROWS)
     write_table(tmp_path / "data.json", ROWS[:1])
@@ -187,6 +194,7 @@ def test_there_is_no_table(tmp_path):
     ('{"a": {"0": 1}}', "is not a table"), (json.dumps([{**ROWS[0], "duration": "long"}]), "is not a table"),
     (json.dumps([{key: value for key, value in ROWS[0].items() if key != "split"}]), "lacks the column split"),
     (json.dumps([ROWS[0], {key: value for key, value in ROWS[1].items() if key != "audio_filename"}]), "lacks the column audio_filename"),
+    (json.dumps([{key: value for key, value in ROWS[0].items() if key != "duration"}]), "lacks the column duration"),
     (json.dumps([{**ROWS[0], "audio_filename": None}]), "is not a table")])
 def test_a_broken_table_is_named(tmp_path, content, message):
     (tmp_path / "data.json").write_text(content)

@@ -552,6 +552,17 @@ def test_the_checkpoint_knows_its_data_and_its_folder(about, data_folder, checkp
     assert written["thresholds"] == {"onset": 0.125, "frame": 0.25} and len(written["recordings"]) == 2
 
 
+def test_scores_are_written_though_nobody_reads_them(checkpoint, data_folder, tmp_path, monkeypatch):
+    """`evaluate.py … | head` closes the pipe before all is printed."""
+    def print_into_nowhere(*_, **__):
+        raise BrokenPipeError
+
+    monkeypatch.setattr(evaluate, "print", print_into_nowhere, raising=False)
+    with pytest.raises(BrokenPipeError):
+        evaluate.main([str(checkpoint), "--data", str(data_folder), "--save_path", str(tmp_path)])
+    assert (tmp_path / "small_test_midi.csv").is_file()
+
+
 @pytest.mark.skipif(not (MAPS / "data.json").is_file(), reason="needs the real recordings in ../shared/maps")
 def test_a_real_recording_is_scored():
     """The reference rolls of a real performance, read as if a model had heard them, must score nearly everything."""

@@ -242,7 +242,7 @@ def test_onset_data_is_only_for_training_and_stays_when_resumed(data_folder, tmp
     assert ", 1 validation" in (out := capsys.readouterr().out) and ": 6 train" in out
     assert_same_run(tmp_path / "run" / "model-4.pt", tmp_path / "again" / "model-4.pt")
     assert len(json.loads((tmp_path / "run" / "results.json").read_text())["recordings"]) == 2  # the test split of --data
-    args = train.parse_args([*tiny(data_folder, tmp_path / "run"), "--onset_data", str(more)])
+    args = train.parse_args([*tiny(data_folder, tmp_path / "third"), "--onset_data", str(more)])
     assert [recording.has_offsets for recording in train.load_data(args)["train"]] == [True] * 3 + [False] * 3
 
 
@@ -647,6 +647,17 @@ def test_runs_of_one_second_have_folders_of_their_own(data_folder, tmp_path, mon
         assert train.main(["--data", str(data_folder), "--model", "rnn", "-i", "1", *TINY]) == 0
     assert [path.name for path in sorted((tmp_path / "runs").iterdir())] == ["exp_260102-030405", "exp_260102-030405-2"]
     assert len(list((tmp_path / "runs").glob("*/results.txt"))) == 2
+
+
+def test_another_run_is_not_mixed_with(data_folder, tmp_path, capsys):
+    assert train.main(tiny(data_folder, tmp_path / "run", "--model", "rnn")) == 0
+    before = {path.name: path.read_bytes() for path in (tmp_path / "run").iterdir()}
+    assert train.main(tiny(data_folder, tmp_path / "run", "--model", "crnn")) == 1
+    assert train.main(tiny(data_folder, tmp_path / "other", "--model", "rnn", "-i", "2")) == 0
+    assert train.main(["--resume", str(tmp_path / "other" / "model-2.pt"), "-i", "4", "--logdir", str(tmp_path / "run"), "--device", "cpu"]) == 1
+    said = capsys.readouterr().err
+    assert said.count(f"train.py: --logdir {tmp_path / 'run'}: holds another run; go on with that by --resume, or name another folder\n") == 2
+    assert {path.name: path.read_bytes() for path in (tmp_path / "run").iterdir()} == before
 
 
 def test_runs_that_cannot_be_made_are_told_of(tmp_path, monkeypatch):

@@ -218,6 +218,25 @@ def test_names_that_differ_after_a_dot_do_not_meet(checkpoint, tmp_path, plain):
     assert len(probabilities(tmp_path / "out" / "No.1_transcribed.npz")) == 12
 
 
+def test_names_that_differ_in_their_ending_keep_it(checkpoint, tones, tmp_path, plain):
+    (tmp_path / "in").mkdir()
+    for name in ("song.wav", "song.flac", "other.wav"):
+        write(tmp_path / "in" / name, play(NOTES, 0.5), SAMPLE_RATE)
+    assert run(checkpoint, tmp_path / "out", tmp_path / "in") == 0
+    assert {name for name in written(tmp_path / "out") if name.endswith(".midi")} == {
+        "song.wav_transcribed.midi", "song.flac_transcribed.midi", "other_transcribed.midi"}
+
+
+def test_an_output_that_cannot_be_written_is_noticed_before_the_work(checkpoint, tones, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(transcribe, "load_audio", lambda path: pytest.fail("it worked for nothing"))
+    (tmp_path / "file").write_text("no folder")
+    assert run(checkpoint, tmp_path / "file", tones.audio) == 1
+    assert run(checkpoint, tmp_path / "file" / "below", tones.audio) == 1
+    said = capsys.readouterr().err.splitlines()
+    assert [line.split(": ")[1:] for line in said] == [[str(tmp_path / "file"), "cannot be written (Not a directory)"],
+                                                       [str(tmp_path / "file" / "below"), "cannot be written (Not a directory)"]]
+
+
 def test_two_recordings_of_one_name_are_refused(checkpoint, tmp_path, capsys):
     for folder in ("a", "b"):
         (tmp_path / folder).mkdir()
