@@ -161,7 +161,7 @@ def save_audio(path: str | Path, blocks: Iterable[np.ndarray]) -> None:
                     for start in range(0, len(block), BLOCK):
                         file.write(block[start : start + BLOCK])
         except soundfile.LibsndfileError as error:
-            raise OSError(f"{error.error_string.strip()} Is the disk full?") from error
+            raise OSError(f"{error.error_string.strip()} Is the disk full or the folder read-only?") from error
 
 
 def default_soundfont() -> Path:

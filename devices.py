@@ -1,10 +1,11 @@
-"""Where the models run: which device, in which precision, and how a process keeps its memory."""
+"""Where the models run: which device, in which precision, beside how many others, and how a process keeps its memory."""
 
 import contextlib
 import ctypes
 import platform
 
 import torch
+import torch.distributed as dist
 
 
 def autocast(device: torch.device) -> torch.autocast:
@@ -15,6 +16,11 @@ def autocast(device: torch.device) -> torch.autocast:
         fast = (device.type == "cpu" and platform.machine() in ("x86_64", "AMD64")
                 and (torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported()))
     return torch.autocast(device.type, dtype=torch.bfloat16, enabled=fast)
+
+
+def rank_and_world() -> tuple[int, int]:
+    """This process's number and how many train together; (0, 1) without torchrun."""
+    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
 
 
 def keep_pages() -> None:

@@ -11,6 +11,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from devices import rank_and_world
+
 LONG_FRAMES = 1024  # from which on recurrent layers infer piece by piece, half a minute
 
 
@@ -25,7 +27,7 @@ class BatchNorm(nn.modules.batchnorm._BatchNorm):
         pass
 
     def forward(self, x: Tensor) -> Tensor:
-        if not (self.training and several_ranks()):
+        if not (self.training and rank_and_world()[1] > 1):
             return super().forward(x)
         y, mean, var = JointlyNormalised.apply(x, self.weight, self.bias, self.eps)
         with torch.no_grad():
@@ -36,14 +38,13 @@ class BatchNorm(nn.modules.batchnorm._BatchNorm):
         return y
 
 
-def several_ranks() -> bool:
-    return dist.is_initialized() and dist.get_world_size() > 1
-
-
 def mean_over_ranks(x: Tensor) -> Tensor:
+    """The mean over all processes that train together; `x` itself where there is only one."""
+    if (world := rank_and_world()[1]) == 1:
+        return x
     x = x.clone()
     dist.all_reduce(x)
-    return x / dist.get_world_size()
+    return x / world
 
 
 class JointlyNormalised(torch.autograd.Function):

@@ -24,17 +24,7 @@ from constants import F_MAX, F_MIN, HOP_SIZE, MIN_MIDI, N_FFT, N_KEYS, N_MELS, S
 from devices import autocast
 from files import written_whole
 from int8 import Int8ConvStack, Int8HarmonicStack
-from layers import (
-    BatchNorm,
-    Dropout,
-    PoolRectifyDrop,
-    in_context,
-    is_long,
-    mean_over_ranks,
-    read_in_pieces,
-    several_ranks,
-    side_by_side,
-)
+from layers import BatchNorm, Dropout, PoolRectifyDrop, in_context, is_long, mean_over_ranks, read_in_pieces, side_by_side
 from recipe import RECIPES, Recipe
 
 # Base rates per frame and key (of onsets, as many as there are strikes), from MAESTRO v2: 7.13 M notes in 201.2 h; keys sound in about 3 % of all places.
@@ -174,8 +164,7 @@ class Transcriber(nn.Module):
         """(B, S) float in [-1, 1] -> frame logits and onset logits, (B, S // HOP_SIZE, K) each; `semitones` (B,) sharper."""
         filters = None if semitones is None else shifted_filters(semitones)
         if self.training:
-            power = audio.detach().float().square().mean()
-            heard = (mean_over_ranks(power) if several_ranks() else power).sqrt()
+            heard = mean_over_ranks(audio.detach().float().square().mean()).sqrt()
             self.level.copy_(torch.where(self.level > 0, self.level.lerp(heard, LEVEL_RATE), heard))
         return self.recur(*self.features(self.melspectrogram(audio, filters)))
 

@@ -25,7 +25,7 @@ from augment import augment, transposed, uniform
 from commands import Help, print_any_name
 from constants import HOP_SIZE, SAMPLE_RATE
 from dataset import Recording, Segments, find_table, folders_of, load_split
-from devices import autocast, keep_pages, pick_device
+from devices import autocast, keep_pages, pick_device, rank_and_world
 from evaluate import evaluate_split, format_table, predict, score, summarise, tune_thresholds, write_results
 from files import write_json, written_whole
 from model import (
@@ -62,11 +62,6 @@ def learning_rate_factor(recipe: Recipe, iterations: int, step: int) -> float:
     if step < warm_up:
         return (step + 1) / warm_up
     return 0.5 * (1 + math.cos(math.pi * (step - warm_up) / max(1, iterations - warm_up)))
-
-
-def rank_and_world() -> tuple[int, int]:
-    """This process's number and how many train together; (0, 1) without torchrun."""
-    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
 
 
 def joined(model: nn.Module, device: torch.device) -> nn.Module:
@@ -290,6 +285,7 @@ def build_parser(**defaults: Any) -> argparse.ArgumentParser:
 def typed_flags(argv: list[str] | None) -> dict[str, Any]:
     """Only the flags that were typed."""
     parser = build_parser()
+    parser.parse_args(argv)  # --help ends here, before the defaults are forgotten
     for action in parser._actions:
         action.default = argparse.SUPPRESS
     return vars(parser.parse_args(argv))
@@ -301,7 +297,6 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     Raises:
         OSError, ValueError: the checkpoint to resume cannot be read, or a typed flag contradicts it.
     """
-    build_parser().parse_args(argv)  # --help ends here, with the defaults
     typed = typed_flags(argv)
     if "resume" in typed:
         state = read_checkpoint(typed["resume"])

@@ -42,10 +42,11 @@ def find_recordings(paths: list[Path]) -> list[tuple[Path, Path]]:
             found += [(file, file.relative_to(path)) for file in inside]
         else:  # a missing one is for load_audio to report, beside the others' results
             found.append((path, Path(path.name)))
-    stems = Counter(name.with_name(name.stem) for _, name in found)
+    stems = Counter(name.with_suffix("") for _, name in found)
     named = {}
     for path, name in found:
-        target = name.with_name((name.stem if stems[name.with_name(name.stem)] == 1 else name.name) + MARK)  # of song.mp3 and song.wav, the whole
+        alone = stems[name.with_suffix("")] == 1  # else song.mp3 and song.wav lie side by side
+        target = name.with_name((name.stem if alone else name.name) + MARK)
         if target in named:
             raise ValueError(f"{path} and {named[target]} would both write {target}.midi; transcribe them into different folders")
         named[target] = path
@@ -127,8 +128,11 @@ def transcribe_file(model: Transcriber, path: Path, base: Path, sound: bool) -> 
 
 def check_writable(folder: Path) -> None:
     """Raise OSError if no files can be written in a folder, or it cannot be made: better at once than after hours of work."""
+    there = folder.absolute()
     try:
-        tempfile.TemporaryFile(dir=next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())).close()
+        while not there.exists():
+            there = there.parent
+        tempfile.TemporaryFile(dir=there).close()
     except OSError as error:
         raise OSError(f"{folder}: cannot be written ({error.strerror})") from error
 
