@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from analyse import OFFSET_RATIO, ONSET_TOLERANCE, add, compare, count, draw_errors, format_errors, held_by_pedal
+from analyse import OFFSET_RATIO, add, compare, count, draw_errors, format_errors, held_by_pedal, match
 from commands import Help, print_any_name
 from constants import HOP_SIZE, MIN_MIDI, SAMPLE_RATE
 from dataset import SPLITS, Recording, folders_of, load_split
@@ -151,11 +151,8 @@ def note_metrics(ref: Notes, est: Notes, names: tuple[str, ...] = ("note", "note
     import mir_eval  # brings scipy along, a second that transcribing and --help can do without
     rows = {}
     for name in names:
-        scores = (0.0, 0.0, 0.0, 0.0)
-        if len(ref) and len(est):
-            scores = mir_eval.transcription.precision_recall_f1_overlap(
-                ref.intervals, mir_eval.util.midi_to_hz(ref.pitches), est.intervals, mir_eval.util.midi_to_hz(est.pitches),
-                onset_tolerance=ONSET_TOLERANCE, offset_ratio=OFFSET_RATIO if name == "note-with-offsets" else None)
+        pairs = match(ref, est, offset_ratio=OFFSET_RATIO if name == "note-with-offsets" else None)
+        scores = *f1_of(len(pairs), len(est), len(ref)), mir_eval.transcription.average_overlap_ratio(ref.intervals, est.intervals, pairs)
         rows |= {f"metric/{name}/{key}": float(score) for key, score in zip(("precision", "recall", "f1", "overlap"), scores)}
     return rows
 

@@ -5,6 +5,7 @@ import dataclasses
 import errno
 import json
 import math
+import tracemalloc
 from pathlib import Path
 from unittest import mock
 
@@ -331,6 +332,18 @@ def test_note_metrics_are_mir_evals(seed):
         assert row[f"metric/note/{ours}"] == pytest.approx(theirs[f"{name}_no_offset"])
         assert row[f"metric/note-with-offsets/{ours}"] == pytest.approx(theirs[name])
     assert 0.1 < row["metric/note-with-offsets/f1"] < row["metric/note/f1"] < 1
+
+
+def test_scoring_many_notes_takes_little_memory():
+    random = np.random.default_rng(0)
+    onsets = np.sort(random.uniform(0, 800, 8000))
+    ref = Notes(np.stack([onsets, onsets + 0.3], 1), random.integers(21, 109, 8000), [80] * 8000)
+    tracemalloc.start()
+    row = note_metrics(ref, Notes(ref.intervals + 0.01, ref.pitches, ref.velocities))
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert row["metric/note/f1"] == 1
+    assert peak < 50e6  # 8,000 x 8,000 distances would be 500 MB
 
 
 @pytest.mark.parametrize("ref, est", [(True, False), (False, True), (False, False)])
