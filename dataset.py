@@ -242,7 +242,7 @@ class Segments(torch.utils.data.Dataset):
     def __getitem__(self, index: int) -> dict[str, Any]:
         """audio (S,) float32, onset and frame (T, 88) float32, whether its offsets count, and the number of the recording."""
         random = np.random.default_rng((self.seed, index))
-        place = random.integers(self.places[-1])
+        place = random.integers(len(self))
         number = int(np.searchsorted(self.places, place, side="right"))
         start = int(place - (self.places[number - 1] if number else 0))
         return {"recording": number, **self.cut(number, start)}

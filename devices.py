@@ -44,7 +44,7 @@ def pick_device(name: str = "auto", number: int | None = None) -> torch.device:
     if name == "cuda" and number is not None:  # before anything is put on the first, where each process would take up memory
         name = f"cuda:{number}"
     try:
-        torch.empty(1, device=name)
+        torch.ones(1, device=name).item()  # "meta" can be made, but holds nothing
     except (RuntimeError, AssertionError) as error:
         raise ValueError(f"device {name!r}: {str(error).splitlines()[0]}") from error
     return torch.device(name)

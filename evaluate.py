@@ -12,7 +12,7 @@ import torch
 from tqdm import tqdm
 
 from analyse import OFFSET_RATIO, add, compare, count, draw_errors, format_errors, held_by_pedal, match
-from commands import Help, print_any_name
+from commands import Help, exit_status_of
 from constants import HOP_SIZE, MIN_MIDI, SAMPLE_RATE
 from dataset import SPLITS, Recording, folders_of, load_split
 from devices import keep_pages, pick_device
@@ -276,6 +276,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 
 def run(args: argparse.Namespace) -> int:
     """Score a checkpoint as the command line says. Returns the exit status."""
+    keep_pages()
     try:
         device = pick_device(args.device)
         state = read_checkpoint(args.checkpoint)
@@ -321,13 +322,7 @@ def run(args: argparse.Namespace) -> int:
 
 def main(argv: list[str] | None = None) -> int:
     args = parse_args(argv)
-    print_any_name()
-    keep_pages()
-    try:
-        return run(args)
-    except KeyboardInterrupt:
-        print("evaluate.py: interrupted; what is written is whole", file=sys.stderr)
-        return 130
+    return exit_status_of("evaluate.py", lambda: run(args), "what is written is whole")
 
 
 if __name__ == "__main__":

@@ -16,7 +16,7 @@ from layers import pairs
 
 RANGE = 24.0   # standard deviations over its mean up to which a feature is told: those of onsets are rare and far from the rest
 LARGEST = 255  # of an unsigned byte
-HALF = 127     # of features that are added, whose sum is a byte too
+HALF = 127     # of features that are added, whose sum is a byte too; so these are told half as far
 SMALLEST_STEP = 1e-5  # of a channel that batch norm keeps below zero
 
 

@@ -8,6 +8,7 @@ import dataclasses
 import io
 import math
 import platform
+import textwrap
 import threading
 from dataclasses import dataclass
 from pathlib import Path
@@ -521,7 +522,8 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
                  "constants": constants_dict(), "thresholds": {"onset": 0.5, "frame": 0.5}, "step": state.get("step", 0),
                  "weights": state["model_state_dict"]}
     kinds = {"model": str, "sizes": dict, "recipe": dict, "constants": dict, "thresholds": dict, "weights": dict}
-    if not isinstance(state, dict) or not all(isinstance(state.get(name), kind) for name, kind in kinds.items()):
+    if not (isinstance(state, dict) and all(isinstance(state.get(name), kind) for name, kind in kinds.items())
+            and all(isinstance(state.get(name, {}), dict) for name in ("data", "arguments"))):
         raise ValueError(f"{path}: is a PyTorch file but not a checkpoint of train.py")
     for name, value in constants_dict().items():
         if (found := state["constants"].get(name)) != value:
@@ -545,7 +547,7 @@ def model_of(state: dict[str, Any], path: str | Path) -> Transcriber:
         model.load_state_dict({**{name: own[name] for name in own if name.split(".")[0] in LATER}, **state["weights"]})
         model.thresholds = {head: float(state["thresholds"][head]) for head in ("onset", "frame")}
     except (TypeError, ValueError, RuntimeError, KeyError, AttributeError) as error:
-        raise ValueError(f"{path}: does not fit this version of the models ({str(error).splitlines()[0]})") from error
+        raise ValueError(f"{path}: does not fit this version of the models ({textwrap.shorten(str(error), 160)})") from error
     return model.eval()
 
 

@@ -24,7 +24,7 @@ import soundfile
 from tqdm import tqdm
 
 from audio import default_soundfont, has_fluidsynth, load_audio, open_sound, render_midi, save_audio
-from commands import Help, print_any_name
+from commands import Help, exit_status_of
 from constants import MAX_MIDI, MIN_MIDI, SAMPLE_RATE
 from dataset import SPLITS, find_audio, find_table, read_table
 from files import write_json, written_whole
@@ -513,9 +513,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
-def main(argv: list[str] | None = None) -> int:
-    args = parse_args(argv)
-    print_any_name()
+def run(args: argparse.Namespace) -> int:
+    """Make or check the data folder that the command line names. Returns the exit status."""
     try:
         if args.command == "demo":
             return make_demo(args.out, args.num_workers)
@@ -532,9 +531,11 @@ def main(argv: list[str] | None = None) -> int:
     except (OSError, ValueError) as error:
         print(f"prepare.py: {error}", file=sys.stderr)
         return 1
-    except KeyboardInterrupt:
-        print("prepare.py: interrupted; the same command goes on", file=sys.stderr)
-        return 130
+
+
+def main(argv: list[str] | None = None) -> int:
+    args = parse_args(argv)
+    return exit_status_of("prepare.py", lambda: run(args), "the same command goes on")
 
 
 if __name__ == "__main__":

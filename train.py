@@ -1,6 +1,7 @@
 """Train a transcriber: `python train.py --model onf`. On several GPUs or hosts: `torchrun --nproc_per_node N train.py …`."""
 
 import argparse
+import contextlib
 import dataclasses
 import datetime
 import itertools
@@ -22,7 +23,7 @@ from tqdm import tqdm
 
 import prepare
 from augment import augment, transposed, uniform
-from commands import Help, print_any_name
+from commands import Help, exit_status_of
 from constants import HOP_SIZE, SAMPLE_RATE
 from dataset import Recording, Segments, find_table, folders_of, load_split
 from devices import autocast, keep_pages, pick_device, rank_and_world
@@ -185,7 +186,7 @@ def best_beside(resumed: Path, state: dict[str, Any]) -> Path:
     """
     numbered = sorted((int(path.stem[6:]), path) for path in resumed.parent.glob("model-*.pt") if path.stem[6:].isdecimal())
     for path in [resumed.with_name("model-best.pt"), *(path for step, path in numbered if step <= state["step"])]:
-        if path.exists():
+        with contextlib.suppress(OSError, ValueError):  # one that is not there or broken cannot be it
             found = read_checkpoint(path)
             if found.get("step", math.inf) <= state["step"] and found.get("best") == state["best"]:
                 return path
@@ -300,7 +301,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     typed = typed_flags(argv)
     if "resume" in typed:
         state = read_checkpoint(typed["resume"])
-        if "optimizer" not in state:
+        if not {"optimizer", "arguments"} <= state.keys():
             raise ValueError(f"{typed['resume']}: holds weights only and cannot be resumed")
         if "weights" in typed:
             raise ValueError(f"--weights {typed['weights']}: a resumed run goes on with its own")
@@ -488,8 +489,8 @@ def test(run: Path, args: argparse.Namespace, recordings: list[Recording], devic
     log(f"test, {len(rows)} whole recordings, {path}, thresholds {model.thresholds}\n{table}")
 
 
-def main(argv: list[str] | None = None) -> int:
-    print_any_name()
+def run(argv: list[str] | None) -> int:
+    """Train as the command line says. Returns the exit status."""
     keep_pages()
     try:
         args = parse_args(argv)
@@ -505,12 +506,14 @@ def main(argv: list[str] | None = None) -> int:
     except (OSError, ValueError, FloatingPointError) as error:  # bad input; a full disk; a loss that is no number
         print(f"train.py: {error}", file=sys.stderr)
         return 1
-    except KeyboardInterrupt:  # the second Ctrl-C, or one outside the loop
-        print("train.py: interrupted; what was saved last is in the run folder", file=sys.stderr)
-        return 130
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()
+
+
+def main(argv: list[str] | None = None) -> int:
+    # Ctrl-C gets there when it is the second, or outside the loop
+    return exit_status_of("train.py", lambda: run(argv), "what was saved last is in the run folder")
 
 
 if __name__ == "__main__":

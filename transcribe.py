@@ -12,7 +12,7 @@ import torch
 from tqdm import tqdm
 
 from audio import has_fluidsynth, load_audio, render_midi, save_audio
-from commands import Help, print_any_name
+from commands import Help, exit_status_of
 from constants import F_MAX, F_MIN, HOP_SIZE, MAX_MIDI, MIN_MIDI, SAMPLE_RATE
 from devices import keep_pages, pick_device
 from evaluate import estimated_notes, probability
@@ -58,7 +58,7 @@ def draw(path: Path, audio: np.ndarray, notes: Notes, ref: Notes | None = None) 
 
     Args:
         audio: (S,) float32.
-        ref: notes to draw beneath for comparison, as outlines.
+        ref: notes to draw over them for comparison, as outlines.
 
     Raises:
         OSError: the picture cannot be written.
@@ -153,9 +153,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     return args
 
 
-def main(argv: list[str] | None = None) -> int:
-    args = parse_args(argv)
-    print_any_name()
+def run(args: argparse.Namespace) -> int:
+    """Transcribe what the command line names. Returns the exit status."""
     keep_pages()
     try:
         model = load_checkpoint(args.checkpoint, pick_device(args.device))
@@ -167,13 +166,14 @@ def main(argv: list[str] | None = None) -> int:
     if not (sound := has_fluidsynth()):
         print("transcribe.py: libfluidsynth is missing (apt-get install fluidsynth), so no .wav is written", file=sys.stderr)
     status = 0
-    try:
-        for path, target in tqdm(recordings, "transcribing", unit="recording", disable=None):
-            status |= transcribe_file(model, path, args.save_path / target, sound)
-    except KeyboardInterrupt:
-        print("transcribe.py: interrupted; what is written is whole", file=sys.stderr)
-        return 130
+    for path, target in tqdm(recordings, "transcribing", unit="recording", disable=None):
+        status |= transcribe_file(model, path, args.save_path / target, sound)
     return status
+
+
+def main(argv: list[str] | None = None) -> int:
+    args = parse_args(argv)
+    return exit_status_of("transcribe.py", lambda: run(args), "what is written is whole")
 
 
 if __name__ == "__main__":

@@ -291,6 +291,14 @@ def test_a_run_resumed_at_an_earlier_step_forgets_a_later_best(finished, tmp_pat
     assert state_of(tmp_path / "model-best.pt")["step"] == 2
 
 
+def test_a_broken_checkpoint_beside_a_whole_one_is_passed_over(finished, tmp_path):
+    shutil.copyfile(finished / "model-2.pt", tmp_path / "model-2.pt")
+    for name in ("model-1.pt", "model-best.pt"):
+        (tmp_path / name).write_bytes(b"x")
+    assert train.main(["--resume", str(tmp_path / "model-2.pt"), "--device", "cpu"]) == 0
+    assert_same_run(finished / "model-4.pt", tmp_path / "model-4.pt")
+
+
 def test_other_validation_data_begin_a_new_search_for_the_best(finished, data_folder, tmp_path):
     """A score on other data is no measure: whatever it was, the resumed run's own best is kept."""
     state = state_of(finished / "model-2.pt")

@@ -263,11 +263,12 @@ def test_what_is_hidden_or_a_folder_is_no_recording(tmp_path):
     assert [path.name for path, _ in find_recordings([tmp_path])] == ["b.wav"]
 
 
-def test_ctrl_c_says_so_in_a_line(checkpoint, tones, tmp_path, plain, monkeypatch, capsys):
+@pytest.mark.parametrize("during", ["load_checkpoint", "transcribe"])
+def test_ctrl_c_says_so_in_a_line(during, checkpoint, tones, tmp_path, plain, monkeypatch, capsys):
     def interrupted(*_):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(transcribe, "transcribe", interrupted)
+    monkeypatch.setattr(transcribe, during, interrupted)
     assert run(checkpoint, tmp_path / "out", tones.audio) == 130
     assert capsys.readouterr().err.splitlines()[-1] == "transcribe.py: interrupted; what is written is whole"
     assert not (tmp_path / "out").exists()
