@@ -30,7 +30,7 @@ import numpy as np
 from constants import MAX_MIDI, MIN_MIDI
 from dataset import Recording
 from files import written_whole
-from notes import Notes, read_keys
+from notes import Notes, keys_of, open_midi
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -79,11 +79,11 @@ def held_by_pedal(recording: Recording) -> np.ndarray | None:
     """(N,) bool, whether each note of a recording sounded on after its key was released; None where its MIDI file has no pedal.
 
     Raises:
-        OSError, ValueError: as read_keys does.
+        OSError, ValueError: as open_midi does.
     """
     if recording.midi_path is None:
         return None
-    keys, pedal, _ = read_keys(recording.midi_path)
+    keys, pedal, _ = keys_of(open_midi(recording.midi_path))
     if not pedal:
         return None
     released: dict[tuple[int, float], float] = {}

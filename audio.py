@@ -8,7 +8,6 @@ import shutil
 import subprocess
 import tempfile
 from collections.abc import Iterable, Iterator
-from importlib import resources
 from pathlib import Path
 
 import numpy as np
@@ -166,7 +165,7 @@ def save_audio(path: str | Path, blocks: Iterable[np.ndarray]) -> None:
 
 def default_soundfont() -> Path:
     """TimGM6mb, the small General MIDI SoundFont that pretty_midi carries."""
-    return Path(str(resources.files(pretty_midi) / "TimGM6mb.sf2"))
+    return Path(pretty_midi.__file__).with_name("TimGM6mb.sf2")
 
 
 def has_fluidsynth() -> bool:

@@ -21,7 +21,7 @@ from tqdm import tqdm
 from audio import load_audio
 from constants import HOP_SIZE, N_KEYS, SAMPLE_RATE
 from files import written_whole
-from notes import Notes, n_frames_of, notes_to_rolls, read_midi
+from notes import Notes, notes_to_rolls, read_midi
 
 SPLITS = ("train", "validation", "test")
 COLUMNS = ("canonical_composer", "canonical_title", "split", "year", "midi_filename", "audio_filename", "duration")
@@ -43,7 +43,7 @@ class Recording:
 
     @property
     def n_frames(self) -> int:
-        return n_frames_of(len(self.audio))
+        return len(self.audio) // HOP_SIZE  # a shorter rest at the end belongs to no frame
 
     def until(self, seconds: float) -> "Recording":
         """The beginning of it."""
@@ -180,11 +180,6 @@ def allow_files(most: int = 10240) -> None:
             resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
 
 
-def folders_of(data: str | Path | Sequence[str | Path]) -> list[str]:
-    """One data folder or several, as a list."""
-    return [str(data)] if isinstance(data, (str, Path)) else [str(folder) for folder in data]
-
-
 def load_split(data: str | Path | Sequence[str | Path], split: str, limit: int | None = None) -> list[Recording]:
     """Load the recordings of one split of a data folder, or of several one after the other; the first `limit` of them.
 
@@ -195,7 +190,7 @@ def load_split(data: str | Path | Sequence[str | Path], split: str, limit: int |
         OSError, ValueError: a file is missing or broken, the message names it; or the split is empty, or a folder given twice.
     """
     allow_files()
-    folders = folders_of(data)
+    folders = [str(data)] if isinstance(data, (str, Path)) else [str(folder) for folder in data]
     paths = [os.path.abspath(folder) for folder in folders]
     parent = os.path.commonpath(paths)
     found = []  # (name, audio, MIDI)
@@ -209,12 +204,8 @@ def load_split(data: str | Path | Sequence[str | Path], split: str, limit: int |
     if not found:
         raise ValueError(f"{', '.join(folders)}: no recordings in the {split} split")
     with ThreadPoolExecutor(os.cpu_count()) as pool:  # libsndfile decodes outside Python's lock
-        try:
-            results = pool.map(lambda paths: load_recording(*paths), found)
-            return list(tqdm(results, f"loading {split}", len(found), unit="recording", leave=False, disable=None))
-        except BaseException:
-            pool.shutdown(cancel_futures=True)
-            raise
+        results = pool.map(lambda paths: load_recording(*paths), found)  # where one fails, those to come are left out
+        return list(tqdm(results, f"loading {split}", len(found), unit="recording", leave=False, disable=None))
 
 
 class Segments(torch.utils.data.Dataset):
@@ -232,7 +223,7 @@ class Segments(torch.utils.data.Dataset):
             onset_target: as for `notes_to_rolls`.
         """
         self.recordings, self.sequence_length, self.seed, self.onset_target = recordings, sequence_length, seed, onset_target
-        self.n_frames = n_frames_of(sequence_length)
+        self.n_frames = sequence_length // HOP_SIZE
         self.places = np.cumsum([max(1, recording.n_frames - self.n_frames + 1) for recording in recordings])
 
     def __len__(self) -> int:

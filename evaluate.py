@@ -14,7 +14,7 @@ from tqdm import tqdm
 from analyse import OFFSET_RATIO, add, compare, count, draw_errors, format_errors, held_by_pedal, match
 from commands import Help, exit_status_of
 from constants import HOP_SIZE, MIN_MIDI, SAMPLE_RATE
-from dataset import SPLITS, Recording, folders_of, load_split
+from dataset import SPLITS, Recording, load_split
 from devices import keep_pages, pick_device
 from files import write_json, written_whole
 from model import RELEASED, Transcriber, model_of, read_checkpoint, share_checkpoint
@@ -221,15 +221,13 @@ def tune_thresholds(recordings: list[Recording], logits: list[tuple[np.ndarray, 
     return best
 
 
-def evaluate_split(model: Transcriber, recordings: list[Recording], reference: str = "midi",
-                   heard: list[Notes] | None = None) -> list[dict[str, float]]:
-    """The metrics of each recording, with the model's own thresholds; what was heard in each is added to `heard`, where given."""
-    rows = []
+def evaluate_split(model: Transcriber, recordings: list[Recording], reference: str = "midi") -> tuple[list[dict[str, float]], list[Notes]]:
+    """The metrics of each recording, with the model's own thresholds, and the notes heard in it."""
+    rows, heard = [], []
     for recording, logits in zip(recordings, predict(model, recordings)):
         rows.append(score(recording, logits, model.thresholds, model.recipe.onset_target, reference))
-        if heard is not None:
-            heard.append(estimated_notes(logits, model.thresholds, model.recipe.onset_target))
-    return rows
+        heard.append(estimated_notes(logits, model.thresholds, model.recipe.onset_target))
+    return rows, heard
 
 
 def summarise(rows: list[dict[str, float]]) -> dict[str, tuple[float, float]]:
@@ -281,8 +279,7 @@ def run(args: argparse.Namespace) -> int:
         device = pick_device(args.device)
         state = read_checkpoint(args.checkpoint)
         model = model_of(state, args.checkpoint)
-        about = state.get("data", {})
-        folders = args.data or folders_of(about.get("folders") or about.get("folder", "data"))  # "folder": of an early checkpoint
+        folders = args.data or state.get("data", {}).get("folders", ["data"])
         recordings = load_split(folders, args.split)
         to_analyse = recordings if args.analyse else []
         held = [held_by_pedal(recording) for recording in tqdm(to_analyse, "reading pedals", unit="recording", leave=False, disable=None)]
@@ -293,8 +290,7 @@ def run(args: argparse.Namespace) -> int:
     except (OSError, ValueError) as error:
         print(f"evaluate.py: {error}", file=sys.stderr)
         return 1
-    heard: list[Notes] = []
-    rows = evaluate_split(model.to(device), recordings, args.reference, heard if args.analyse else None)
+    rows, heard = evaluate_split(model.to(device), recordings, args.reference)
     path = (args.save_path or args.checkpoint.parent) / f"{args.checkpoint.stem}_{args.split}_{args.reference}.json"
     said = [f"{args.checkpoint}, {len(rows)} {args.split} recordings of {' '.join(folders)}, reference: {args.reference}, "
             f"sustain-extended: yes, thresholds: onset {model.thresholds['onset']:.2f}, frame {model.thresholds['frame']:.2f}",

@@ -38,7 +38,6 @@ AROUND = 24         # semitones to either side in which it hears what other keys
 CONTEXT = 3         # frames that three 3 x 3 convolutions see to either side
 SIDE = (N_FFT - HOP_SIZE) // 2  # samples that a Fourier window reaches past its frame on either side
 RELEASED = Path(__file__).parent / "runs" / "released" / "harmonic.pt"  # which of those that come with the code is used
-LATER = ("level", "around")  # what older checkpoints do not have; a new model's changes nothing in what it hears
 LEVEL_RATE = 0.01   # weight of the latest batch in the level that training hears
 COLOUR_BANDS = 8    # mel bands over which a recording's colour is smoothed, a third of an octave at 440 Hz
 COLOUR_SECONDS = 60  # of a recording, that count as much for its colour as all training
@@ -490,7 +489,7 @@ def share_checkpoint(path: str | Path, state: dict[str, Any]) -> None:
     needs, or that tells where its data lay; raises OSError."""
     weights = {name: value.half() if value.is_floating_point() else value for name, value in state["weights"].items()}
     kept = {name: value for name, value in state.items() if name not in ("optimizer", "scheduler")}
-    for part, where in (("data", ("folder", "folders", "onset_folders")), ("arguments", ("data", "onset_data", "weights"))):
+    for part, where in (("data", ("folders", "onset_folders")), ("arguments", ("data", "onset_data", "weights"))):
         kept[part] = {name: value for name, value in state.get(part, {}).items() if name not in where}
     write_state(path, {**kept, "weights": weights})
 
@@ -543,8 +542,7 @@ def model_of(state: dict[str, Any], path: str | Path) -> Transcriber:
         # what a recipe does not name came after it was written, and was then done as in the course's
         recipe = Recipe(**{**dataclasses.asdict(RECIPES["course"]), **state["recipe"]})
         model = build_model(state["model"], Sizes(**state["sizes"]), recipe)
-        own = model.state_dict()
-        model.load_state_dict({**{name: own[name] for name in own if name.split(".")[0] in LATER}, **state["weights"]})
+        model.load_state_dict({"level": model.level, **state["weights"]})  # which the course's checkpoints do not have
         model.thresholds = {head: float(state["thresholds"][head]) for head in ("onset", "frame")}
     except (TypeError, ValueError, RuntimeError, KeyError, AttributeError) as error:
         raise ValueError(f"{path}: does not fit this version of the models ({textwrap.shorten(str(error), 160)})") from error

@@ -7,10 +7,8 @@ the centre errs by at most 16 ms and by 0 ms on average. The spectrogram centres
 
 from dataclasses import dataclass
 from functools import cached_property
-from itertools import repeat
 from pathlib import Path
 
-import mido
 import numpy as np
 import pretty_midi
 
@@ -71,11 +69,6 @@ def seconds_to_frames(seconds: np.ndarray) -> np.ndarray:
 def frames_to_seconds(frames: np.ndarray) -> np.ndarray:
     """The centre of each frame in seconds."""
     return (np.asarray(frames) + 0.5) * HOP_SIZE / SAMPLE_RATE
-
-
-def n_frames_of(n_samples: int) -> int:
-    """Whole frames in a stretch of audio; a shorter rest at the end belongs to no frame."""
-    return n_samples // HOP_SIZE
 
 
 def notes_to_rolls(notes: Notes, n_frames: int, start: int = 0, onset_target: str = "one") -> tuple[np.ndarray, np.ndarray]:
@@ -171,14 +164,9 @@ def keys_of(midi: pretty_midi.PrettyMIDI) -> tuple[Notes, list[tuple[float, int]
                  [note.velocity for note in notes]), pedal, midi.get_end_time()
 
 
-def read_keys(path: str | Path) -> tuple[Notes, list[tuple[float, int]], float]:
-    """`keys_of` a MIDI file; raises OSError and ValueError as open_midi does."""
-    return keys_of(open_midi(path))
-
-
 def read_midi(path: str | Path) -> Notes:
-    """Read the notes a MIDI file sounds, sustain pedal included: `hold_with_pedal` of `read_keys`, and raises as that does."""
-    return hold_with_pedal(*read_keys(path))
+    """Read the notes a MIDI file sounds, sustain pedal included; raises OSError and ValueError as open_midi does."""
+    return hold_with_pedal(*keys_of(open_midi(path)))
 
 
 def ticks_per_beat(notes: Notes) -> int:
@@ -191,32 +179,17 @@ def notes_to_midi(notes: Notes) -> pretty_midi.PrettyMIDI:
     midi = pretty_midi.PrettyMIDI(resolution=ticks_per_beat(notes), initial_tempo=120)
     piano = pretty_midi.Instrument(program=0, name="piano")
     notes = hold_with_pedal(notes, [], 0.0)  # in MIDI the first note-off of a key ends every note on it
-    piano.notes = [pretty_midi.Note(int(velocity), int(pitch), float(onset), float(offset))
+    tick = midi.tick_to_time(1)  # else a note within one would end before it begins
+    piano.notes = [pretty_midi.Note(int(velocity), int(pitch), float(onset), max(float(offset), float(onset) + tick))
                    for (onset, offset), pitch, velocity in zip(notes.intervals, notes.pitches, notes.velocities)]
     midi.instruments.append(piano)
     return midi
 
 
 def write_midi(path: str | Path, notes: Notes) -> None:
-    """Write notes as a MIDI file, the piano track of `notes_to_midi`; raises OSError, and ValueError for what MIDI cannot say.
-
-    By mido itself, for pretty_midi, which comes to the same in the end, takes three times as long; and without its checks of
-    every message, two fifths of what is left, which are done at once here.
-    """
+    """Write notes as a MIDI file, the piano track of `notes_to_midi`; raises OSError, and ValueError for what MIDI cannot say."""
     for name, values in (("pitches", notes.pitches), ("velocities", notes.velocities)):
         if (values & ~127).any():
             raise ValueError(f"{path}: {name} in MIDI are 0 to 127")
-    notes = hold_with_pedal(notes, [], 0.0)
-    resolution = ticks_per_beat(notes)
-    ticks = np.round(notes.intervals * (2 * resolution)).astype(np.int64)  # 120 BPM
-    ticks[:, 1] = np.maximum(ticks[:, 1], ticks[:, 0] + 1)  # else a note within a tick would end before it begins
-    events = sorted([*zip(ticks[:, 1].tolist(), repeat(0), notes.pitches.tolist()),  # of one moment, keys go up before others go down
-                     *zip(ticks[:, 0].tolist(), notes.velocities.tolist(), notes.pitches.tolist())])
-    piano = mido.MidiTrack([mido.MetaMessage("track_name", name="piano"), mido.Message("program_change", program=0)])
-    now = 0
-    for tick, velocity, pitch in events:
-        piano.append(mido.Message("note_on", note=pitch, velocity=velocity, time=tick - now, skip_checks=True))  # velocity 0: the key goes up
-        now = tick
-    tempo = mido.MidiTrack([mido.MetaMessage("set_tempo", tempo=mido.bpm2tempo(120)), mido.MetaMessage("time_signature")])
     with written_whole(path) as temporary:
-        mido.MidiFile(ticks_per_beat=resolution, tracks=[tempo, piano]).save(temporary)
+        notes_to_midi(notes).write(str(temporary))

@@ -307,7 +307,7 @@ def legato_pedal(onsets: np.ndarray, end: float, random: np.random.Generator) ->
 
 
 def put_on_one_piano(midi: pretty_midi.PrettyMIDI) -> pretty_midi.Instrument:
-    """Make one of all staves, with the notes that `read_keys` reads: a key that two of them hold is struck twice and released once."""
+    """Make one of all staves, with the notes of `keys_of`: a key that two of them hold is struck twice and released once."""
     (piano,) = notes_to_midi(keys_of(midi)[0]).instruments
     piano.control_changes = [change for staff in midi.instruments if not staff.is_drum for change in staff.control_changes]
     midi.instruments = [piano, *(staff for staff in midi.instruments if staff.is_drum)]

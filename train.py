@@ -25,7 +25,7 @@ import prepare
 from augment import augment, transposed, uniform
 from commands import Help, exit_status_of
 from constants import HOP_SIZE, SAMPLE_RATE
-from dataset import Recording, Segments, find_table, folders_of, load_split
+from dataset import Recording, Segments, find_table, load_split
 from devices import autocast, keep_pages, pick_device, rank_and_world
 from evaluate import evaluate_split, format_table, predict, score, summarise, tune_thresholds, write_results
 from files import write_json, written_whole
@@ -222,28 +222,18 @@ class StopRequest:
 
 
 def build_parser(**defaults: Any) -> argparse.ArgumentParser:
-    def positive(kind: type) -> Any:
+    def number(kind: type, or_zero: bool = False) -> Any:
         def parse(text: str) -> Any:
-            if not (value := kind(text)) > 0 or not math.isfinite(value):
+            if not (0 < (value := kind(text)) < math.inf or or_zero and value == 0):
                 raise ValueError
             return value
-        parse.__name__ = f"positive {kind.__name__}"
+        parse.__name__ = f"{'non-negative' if or_zero else 'positive'} {kind.__name__}"
         return parse
 
     def frames(text: str) -> int:
         if (samples := int(text)) < HOP_SIZE or samples % HOP_SIZE:
             raise argparse.ArgumentTypeError(f"{samples} samples are not whole frames of {HOP_SIZE}")
         return samples
-
-    def zero_or_more(text: str) -> float:
-        if not 0 <= (value := float(text)) < math.inf:
-            raise ValueError
-        return value
-
-    def count(text: str) -> int:
-        if (value := int(text)) < 0:
-            raise ValueError
-        return value
 
     def recipe(text: str) -> str:
         try:
@@ -261,23 +251,23 @@ def build_parser(**defaults: Any) -> argparse.ArgumentParser:
     add("--data", nargs="+", default=["data"], help="data folders, see prepare.py; a split is that of all of them")
     add("--onset_data", nargs="*", default=[], help="more folders for training, from which onsets alone are learnt: their offsets "
         "follow another convention than those of --data")
-    add("--iterations", "-i", type=positive(int), default=5000, help="training steps")
-    add("--batch_size", "-b", type=positive(int), default=16, help="segments in a step, over all processes")
+    add("--iterations", "-i", type=number(int), default=5000, help="training steps")
+    add("--batch_size", "-b", type=number(int), default=16, help="segments in a step, over all processes")
     add("--sequence_length", "-v", type=frames, default=102400, help="samples in a segment")
-    add("--learning_rate", "-lr", type=positive(float), help="at its peak; by default the recipe's: "
+    add("--learning_rate", "-lr", type=number(float), help="at its peak; by default the recipe's: "
         + ", ".join(f"{recipe.learning_rate:g} for {name}" for name, recipe in RECIPES.items()))
-    add("--weight_decay", "-wd", type=zero_or_more, default=0.0, help="Adam's L2 penalty")
-    add("--validation_interval", "-vi", type=positive(int), default=500, help="steps between validations and checkpoints")
-    add("--cnn_unit", "-cnn", type=positive(int), default=Sizes.cnn_unit, help="channels of the first convolutions")
-    add("--fc_unit", "-fc", type=positive(int), default=Sizes.fc_unit, help="features of a frame after the convolutions")
+    add("--weight_decay", "-wd", type=number(float, or_zero=True), default=0.0, help="Adam's L2 penalty")
+    add("--validation_interval", "-vi", type=number(int), default=500, help="steps between validations and checkpoints")
+    add("--cnn_unit", "-cnn", type=number(int), default=Sizes.cnn_unit, help="channels of the first convolutions")
+    add("--fc_unit", "-fc", type=number(int), default=Sizes.fc_unit, help="features of a frame after the convolutions")
     add("--weights", type=Path, metavar="CKPT", help="begin with the weights of this checkpoint where they fit, to adapt it or to enlarge it; "
         "for the same run again there is --resume")
-    add("--seed", type=count, default=0, help="of weights, segments and dropout")
+    add("--seed", type=number(int, or_zero=True), default=0, help="of weights, segments and dropout")
     add("--logdir", type=Path, help="run folder; by default runs/exp_ and the time, or the resumed run's")
     add("--save_midi", action="store_true", help="write what is heard in the test recordings as MIDI files")
     add("--resume", type=Path, metavar="CKPT", help="go on from this checkpoint as if never stopped")
     add("--debug", action="store_true", help="the whole path at toy size in about three minutes; makes the demo data if there is none")
-    add("--num_workers", type=count, help=f"processes that cut segments ahead; they change no result; by default {GPU_WORKERS} beside a GPU, else none")
+    add("--num_workers", type=number(int, or_zero=True), help=f"processes that cut segments ahead; they change no result; by default {GPU_WORKERS} beside a GPU, else none")
     add("--device", default="auto", help="auto, cpu, cuda or mps")
     parser.set_defaults(**defaults)
     return parser
@@ -286,10 +276,8 @@ def build_parser(**defaults: Any) -> argparse.ArgumentParser:
 def typed_flags(argv: list[str] | None) -> dict[str, Any]:
     """Only the flags that were typed."""
     parser = build_parser()
-    parser.parse_args(argv)  # --help ends here, before the defaults are forgotten
-    for action in parser._actions:
-        action.default = argparse.SUPPRESS
-    return vars(parser.parse_args(argv))
+    untyped = argparse.Namespace(**dict.fromkeys(vars(parser.parse_args(argv))))  # nothing but None, which no default replaces
+    return {name: value for name, value in vars(parser.parse_args(argv, untyped)).items() if value is not None}
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
@@ -308,7 +296,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         for name in FIXED:
             if name in typed and typed[name] != state["arguments"][name]:
                 raise ValueError(f"--{name} {typed[name]}: the resumed run has {state['arguments'][name]}, start a new run to change it")
-        args = build_parser(**{**state["arguments"], "data": folders_of(state["arguments"]["data"])}).parse_args(argv)
+        args = build_parser(**state["arguments"]).parse_args(argv)
         args.logdir = typed.get("logdir", typed["resume"].parent)
         args.state = state
     else:
@@ -366,8 +354,6 @@ def train(args: argparse.Namespace, data: dict[str, list[Recording]], device: to
     torch.manual_seed(args.seed)
     if args.state:
         model = model_of(args.state, args.resume).to(device)
-        if any(name not in args.state["weights"] for name, _ in model.named_parameters()):  # nor does its optimizer know them
-            raise ValueError(f"{args.resume}: has fewer layers than the model has now; --weights {args.resume} can begin with its weights")
     else:
         model = build_model(args.model, Sizes(args.cnn_unit, args.fc_unit), parse_recipe(args.recipe))
         anew = begin_with(model, args.weights) if args.weights else []
@@ -383,7 +369,7 @@ def train(args: argparse.Namespace, data: dict[str, list[Recording]], device: to
         for group, peak in zip(optimizer.param_groups, schedule.base_lrs):  # other --iterations than before give another rate from the first step on
             group["lr"] = peak * learning_rate_factor(recipe, args.iterations, args.state["step"])
         first = args.state["step"] + 1
-        if args.data == folders_of(args.state["arguments"]["data"]):
+        if args.data == args.state["arguments"]["data"]:
             best = args.state["best"]  # what was reached on other validation data says nothing about these
     parallel = joined(model, device)
     minutes = {split: sum(len(r.audio) for r in recordings) / SAMPLE_RATE / 60 for split, recordings in data.items()}
@@ -476,8 +462,8 @@ def train(args: argparse.Namespace, data: dict[str, list[Recording]], device: to
 def test(run: Path, args: argparse.Namespace, recordings: list[Recording], device: torch.device, log: Any) -> None:
     """Score the best checkpoint on the test split and write results.txt, .json and .csv. Raises OSError."""
     path = run / "model-best.pt"
-    model, heard = load_checkpoint(path, device), []
-    rows = evaluate_split(model, recordings, heard=heard)
+    model = load_checkpoint(path, device)
+    rows, heard = evaluate_split(model, recordings)
     if args.save_midi:
         for recording, notes in zip(recordings, heard):
             write_midi(run / "midi" / Path(recording.name).with_suffix(".midi"), notes)

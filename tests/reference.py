@@ -140,9 +140,9 @@ def read_audio(path: Path) -> np.ndarray:
     return soundfile.read(path, dtype="float32")[0]
 
 
-def extract_notes(onset: np.ndarray, frame: np.ndarray, threshold: float = 0.5) -> Notes:
+def extract_notes(onset: np.ndarray, frame: np.ndarray, onset_threshold: float = 0.5, frame_threshold: float = 0.5) -> Notes:
     """Notes in two rolls of probabilities, (T, 88) each, by the rules of `evaluate.extract_notes` for onsets of one frame, a frame at a time."""
-    onset, frame = onset >= threshold, frame >= threshold
+    onset, frame = onset >= onset_threshold, frame >= frame_threshold
     rises = np.concatenate([onset[:1], onset[1:] & ~onset[:-1]])
     intervals, pitches = [], []
     for first, key in np.argwhere(rises):

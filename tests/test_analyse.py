@@ -258,8 +258,7 @@ def test_the_command_analyses_a_folder(data_folder, checkpoint, tmp_path, capsys
     assert sorted(path.name for path in tmp_path.iterdir()) == [f"small_test_midi.{suffix}" for suffix in ("csv", "json", "png")]
     assert (tmp_path / "small_test_midi.png").read_bytes().startswith(b"\x89PNG")
     recordings = load_split(data_folder, "test")
-    heard = []
-    evaluate_split(load_checkpoint(checkpoint), recordings, heard=heard)
+    _, heard = evaluate_split(load_checkpoint(checkpoint), recordings)
     expected = [count(compare(recording.notes, notes)) for recording, notes in zip(recordings, heard)]
     analysis = written.pop("analysis")
     assert analysis == {"total": add(expected), "recordings": [{"recording": name, **each} for name, each in zip(["r4.flac", "r5.flac"], expected)]}
@@ -292,7 +291,7 @@ def test_a_midi_file_that_went_bad_is_named(data_folder, checkpoint, tmp_path, c
     def broken(path):
         raise ValueError(f"{path}: is not a whole MIDI file (gone bad)")
 
-    monkeypatch.setattr("analyse.read_keys", broken)
+    monkeypatch.setattr("analyse.open_midi", broken)
     assert evaluate.main([str(checkpoint), "--data", str(data_folder), "--save_path", str(tmp_path / "out"), "--analyse"]) == 1
     assert capsys.readouterr().err.splitlines()[-1] == f"evaluate.py: {data_folder / 'r4.midi'}: is not a whole MIDI file (gone bad)"
     assert not (tmp_path / "out").exists()

@@ -50,13 +50,6 @@ def toy(monkeypatch: pytest.MonkeyPatch, tmp_path) -> list[str]:
             "--json", str(tmp_path / "bench.json")]
 
 
-@pytest.fixture(scope="module")
-def rolls() -> tuple[np.ndarray, np.ndarray]:
-    """Onset and frame probabilities that rise and fall slowly and everywhere."""
-    noise = np.random.default_rng(0).standard_normal((2, 302, 88))
-    return tuple((1 / (1 + np.exp(-(noise[:, 2:] + noise[:, 1:-1] + noise[:, :-2])))).astype(np.float32))
-
-
 def test_the_reference_is_the_course_s_model():
     torch.manual_seed(0)
     ours = build_model("onf", Sizes(4, 8, 8), parse_recipe("course,combined_unit=8"))
@@ -67,13 +60,6 @@ def test_the_reference_is_the_course_s_model():
         for name in ("frame", "onset"):
             torch.testing.assert_close(dict(zip(("frame", "onset"), plain.eval()(audio)))[name],
                                        dict(zip(("frame", "onset"), ours.eval()(audio)))[name])
-
-
-def test_the_reference_decodes_alike(rolls):
-    theirs, ours = reference.extract_notes(*rolls), extract_notes(*rolls)
-    assert len(ours) > 1000
-    np.testing.assert_array_equal(theirs.intervals, ours.intervals)
-    np.testing.assert_array_equal(theirs.pitches, ours.pitches)
 
 
 def test_the_reference_cuts_alike():
