@@ -27,7 +27,8 @@ from unittest import mock
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-import reference  # noqa: E402  # after the path
+import numpy as np  # noqa: E402  # after the path
+import reference  # noqa: E402
 import torch  # noqa: E402
 import torch.distributed as dist  # noqa: E402
 from made_up import listen_for_music, mapped_recordings, probabilities, some_notes, some_recordings, write_recording  # noqa: E402
@@ -40,7 +41,7 @@ from audio import load_audio  # noqa: E402
 from constants import HOP_SIZE, N_MELS  # noqa: E402
 from dataset import COLUMNS, Recording, Segments, load_split  # noqa: E402
 from devices import pick_device  # noqa: E402
-from evaluate import estimated_notes, extract_notes  # noqa: E402
+from evaluate import estimated_notes, extract_notes, note_metrics  # noqa: E402
 from files import write_json  # noqa: E402
 from model import Sizes, build_model, load_checkpoint, read_checkpoint, save_checkpoint  # noqa: E402
 from notes import Notes, notes_to_rolls, write_midi  # noqa: E402
@@ -53,6 +54,7 @@ LOADED = (100, 30)       # how many recordings are loaded, and their seconds
 LENGTHS = [3, 60]        # minutes of the recordings that transcribe.py gets
 LABELLED = 60            # minutes of music that are cut into segments
 DECODED = 60             # minutes of the rolls that are decoded
+SCORED = 10              # minutes of music whose notes are scored
 PROCESS_ROUNDS = 3       # how often whole processes of transcribe.py and torchrun run
 RATE_SECONDS = 0.3       # how long a product is repeated to see the machine's rate
 SCRIPTS = ("train.py", "evaluate.py", "transcribe.py", "prepare.py")
@@ -343,11 +345,21 @@ def decoding(minutes: float, decode: Callable[..., Notes]) -> Work:
     return in_stages(decoding=lambda _: decode(*rolls))
 
 
+def scoring(minutes: float, score: Callable[[Notes, Notes], Numbers]) -> Work:
+    ref = some_notes(60 * minutes, 0)
+    est = Notes(ref.intervals + np.random.default_rng(0).normal(0, 0.04, (len(ref), 1)), ref.pitches, ref.velocities)
+    work = in_stages(scoring=lambda _: score(ref, est))
+    return lambda: {**work(), "peak": peak_gb(resource.getrusage(resource.RUSAGE_SELF))}
+
+
 def bench_decode(args: argparse.Namespace) -> list[Row]:
     decoders = {"reference": reference.extract_notes, "ours": extract_notes, "finer": partial(extract_notes, onset_target="two")}
     found = take_turns(args.rounds, {name: partial(decoding, DECODED, decode) for name, decode in decoders.items()})
+    scored = take_turns(args.rounds, {"reference": partial(scoring, SCORED, reference.note_scores), "ours": partial(scoring, SCORED, note_metrics)})
     return [Row(f"decoding {DECODED} min", found["ours"]["decoding"], found["reference"]["decoding"], note=f"{found['ours']['notes'][0]} notes"),
-            Row("- in between frames", found["finer"]["decoding"], found["reference"]["decoding"])]
+            Row("- in between frames", found["finer"]["decoding"], found["reference"]["decoding"]),
+            Row(f"scoring {SCORED} min", scored["ours"]["scoring"], scored["reference"]["scoring"]),
+            Row("- peak memory", scored["ours"]["peak"], scored["reference"]["peak"], unit="GB")]
 
 
 def bench_startup(args: argparse.Namespace) -> list[Row]:

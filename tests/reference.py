@@ -8,6 +8,7 @@ followed through the rolls frame by frame. The model is that of `build_model("on
 import json
 from pathlib import Path
 
+import mir_eval
 import numpy as np
 import pretty_midi
 import soundfile
@@ -153,6 +154,13 @@ def extract_notes(onset: np.ndarray, frame: np.ndarray, onset_threshold: float =
         intervals.append((start, max(frames_to_seconds(last), start + 0.5 * HOP_SIZE / SAMPLE_RATE)))
         pitches.append(key + MIN_MIDI)
     return Notes(intervals, pitches, [80] * len(pitches))
+
+
+def note_scores(ref: Notes, est: Notes) -> list[tuple[float, ...]]:
+    """Precision, recall, F1 and overlap by mir_eval, without offsets and with them; the numbers of `evaluate.note_metrics`."""
+    hertz = [mir_eval.util.midi_to_hz(notes.pitches) for notes in (ref, est)]
+    return [mir_eval.transcription.precision_recall_f1_overlap(ref.intervals, hertz[0], est.intervals, hertz[1], offset_ratio=ratio)
+            for ratio in (None, 0.2)]
 
 
 def write_midi(path: Path, notes: Notes) -> None:

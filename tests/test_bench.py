@@ -43,7 +43,7 @@ def toy(monkeypatch: pytest.MonkeyPatch, tmp_path) -> list[str]:
     """Flags and constants that make the benchmark last a moment."""
     monkeypatch.setattr(measure, "ProcessPoolExecutor", SameProcess)
     for name, value in {"SIZES": Sizes(4, 8), "RECORDING_SECONDS": 120, "DATA_HOURS": (0.1, 0.2), "DRAWN": 2,
-                        "LOADED": (2, 2), "LENGTHS": [0.05], "LABELLED": 2, "DECODED": 0.5, "PROCESS_ROUNDS": 1, "RATE_SECONDS": 0}.items():
+                        "LOADED": (2, 2), "LENGTHS": [0.05], "LABELLED": 2, "DECODED": 0.5, "SCORED": 1, "PROCESS_ROUNDS": 1, "RATE_SECONDS": 0}.items():
         monkeypatch.setattr(bench, name, value)
     monkeypatch.setattr(bench, "run_process", lambda *command, **environment: (1.5, 0.25))
     return ["--rounds", "1", "--batch_size", "2", "--sequence_length", "16384", "--minutes", "0.1", "--iterations", "1", "--device", "cpu",
@@ -96,7 +96,7 @@ def test_flops_are_counted():
     ("train", ["training step, 2 x 16384", "- arithmetic", "- this machine's convolution, bfloat16"]),
     ("transcribe", ["transcription, 0.1 min", "- inference", "transcribe.py, 0.05 min", "- peak memory"]),
     ("data", ["loading 2 x 2 s, second time", "labels of 2 min", "- peak memory with 0.2 h of data"]),
-    ("decode", ["decoding 0.5 min"]),
+    ("decode", ["decoding 0.5 min", "scoring 1 min", "- peak memory"]),
     ("startup", ["train.py --help", "prepare.py --help"]),
     ("accuracy", ["1 steps of 2 x 16384", "- validation note F1"])])
 def test_every_part_runs(which, lines, toy, data_folder, tmp_path, capsys):
