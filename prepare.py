@@ -528,6 +528,8 @@ def run(args: argparse.Namespace) -> int:
         if args.command == "hold-out":
             return hold_out(args.source, args.out, args.piano)
         return check(args.folder, args.num_workers)
+    except BrokenPipeError:  # an OSError too
+        raise
     except (OSError, ValueError) as error:
         print(f"prepare.py: {error}", file=sys.stderr)
         return 1

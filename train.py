@@ -489,6 +489,8 @@ def run(argv: list[str] | None) -> int:
             # the others wait while rank 0 makes data, validates and tests, so be patient
             dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=datetime.timedelta(hours=6))
         return train(args, load_data(args), device)
+    except BrokenPipeError:  # an OSError too
+        raise
     except (OSError, ValueError, FloatingPointError) as error:  # bad input; a full disk; a loss that is no number
         print(f"train.py: {error}", file=sys.stderr)
         return 1
