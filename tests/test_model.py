@@ -98,6 +98,13 @@ def test_one_row_of_logits_for_each_whole_frame(name, n_samples):
     assert torch.isfinite(frame).all() and torch.isfinite(onset).all()
 
 
+@pytest.mark.parametrize("name", MODELS)
+def test_the_courses_batch_gives_two_hundred_frames(name):
+    with torch.no_grad():
+        frame, onset = build_model(name, SMALL).eval()(noise(2, 102400))
+    assert frame.shape == onset.shape == (2, 200, 88)
+
+
 @pytest.mark.parametrize("name", ATTRIBUTES)
 def test_outputs_are_logits_and_no_probabilities(name):
     """An output bias of 30 comes out as about 30 from a linear last layer, and as 1 from a sigmoid."""
