@@ -1,10 +1,12 @@
-"""What the four commands share: how they show their help, print any file's name, and end when nobody wants them to go on."""
+"""What the four commands share: how they show their help, read numbers, print any file's name, and end."""
 
 import argparse
 import io
+import math
 import os
 import sys
 from collections.abc import Callable
+from typing import Any
 
 
 class Help(argparse.ArgumentDefaultsHelpFormatter):
@@ -14,9 +16,19 @@ class Help(argparse.ArgumentDefaultsHelpFormatter):
         return action.help if action.default is None or isinstance(action.default, (bool, list)) and not action.default else super()._get_help_string(action)
 
 
-def exit_status_of(name: str, work: Callable[[], int], left: str) -> int:
-    """The exit status of a command's `work`; 130 after Ctrl-C, when `left` says what is left of it, and 141 where who reads its
-    output has closed the pipe, as `head` does.
+def positive(kind: type, or_zero: bool = False) -> Callable[[str], Any]:
+    """What argparse shall make of a flag's text: a positive int or float, or zero too."""
+    def parse(text: str) -> Any:
+        if not (0 < (value := kind(text)) < math.inf or or_zero and value == 0):
+            raise ValueError
+        return value
+    parse.__name__ = f"{'non-negative' if or_zero else 'positive'} {kind.__name__}"
+    return parse
+
+
+def exit_status_of(name: str, work: Callable[[], int], left: str, *bad: type[Exception]) -> int:
+    """The exit status of a command's `work`; 1 after an exception of the kinds `bad`, which says what is bad in a line, 130 after
+    Ctrl-C, when `left` says what is left of it, and 141 where who reads its output has closed the pipe, as `head` does.
 
     What standard output cannot take goes there as an escape: in file names any byte may stand, and not every terminal speaks Unicode.
     """
@@ -26,9 +38,12 @@ def exit_status_of(name: str, work: Callable[[], int], left: str) -> int:
         status = work()
         print(end="", flush=True)  # a closed pipe is noticed here, and not when Python ends
         return status
+    except BrokenPipeError:  # an OSError too
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # which Python flushes once more
+        return 141
+    except bad as error:
+        print(f"{name}: {error}", file=sys.stderr)
+        return 1
     except KeyboardInterrupt:
         print(f"{name}: interrupted; {left}", file=sys.stderr)
         return 130
-    except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # which Python flushes once more
-        return 141

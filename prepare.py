@@ -24,7 +24,7 @@ import soundfile
 from tqdm import tqdm
 
 from audio import default_soundfont, has_fluidsynth, load_audio, open_sound, render_midi, save_audio
-from commands import Help, exit_status_of
+from commands import Help, exit_status_of, positive
 from constants import MAX_MIDI, MIN_MIDI, SAMPLE_RATE
 from dataset import SPLITS, find_audio, find_table, read_table
 from files import write_json, written_whole
@@ -476,11 +476,6 @@ def check(folder: Path, workers: int) -> int:
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    def count(text: str) -> int:
-        if (value := int(text)) < 1:
-            raise ValueError
-        return value
-
     parser = argparse.ArgumentParser(description="Make a data folder: audio at 16 kHz, MIDI files, and the data.json that names them.")
     commands = parser.add_subparsers(dest="command", required=True)
 
@@ -489,14 +484,14 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         for path, meaning in paths:
             sub.add_argument(path, type=Path, help=meaning)
         if workers:
-            sub.add_argument("--num_workers", type=count, default=os.cpu_count(), help="processes")
+            sub.add_argument("--num_workers", type=positive(int), default=os.cpu_count(), help="processes")
         return sub
 
     out = ("out", "the data folder to make")
     command("demo", "a small set of generated pieces, rendered on the spot", out)
     maestro = command("maestro", "the course's subset of an official MAESTRO download", ("source", "the unpacked download"), out)
     for split, number in (("train", 100), ("validation", 20), ("test", 50)):
-        maestro.add_argument(f"--{split}", type=count, default=number, help=f"recordings of the {split} split")
+        maestro.add_argument(f"--{split}", type=positive(int), default=number, help=f"recordings of the {split} split")
     maestro.add_argument("--all", action="store_true", help="the whole set")
     command("maps", "the MAPS database, ENSTDkAm and ENSTDkCl as test", ("source", "the folder with the pianos' folders"), out)
     render = command("render", "MIDI performances, played on SoundFonts", ("source", "a folder of MIDI files, or a data folder"), out)
@@ -514,30 +509,24 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Make or check the data folder that the command line names. Returns the exit status."""
-    try:
-        if args.command == "demo":
-            return make_demo(args.out, args.num_workers)
-        if args.command == "maestro":
-            counts = None if args.all else {split: getattr(args, split) for split in SPLITS}
-            return make_maestro(args.source, args.out, counts, args.num_workers)
-        if args.command == "maps":
-            return make_maps(args.source, args.out, args.num_workers)
-        if args.command == "render":
-            return make_render(args.source, args.out, args.soundfont, args.split, args.deal, args.pedals, args.num_workers)
-        if args.command == "hold-out":
-            return hold_out(args.source, args.out, args.piano)
-        return check(args.folder, args.num_workers)
-    except BrokenPipeError:  # an OSError too
-        raise
-    except (OSError, ValueError) as error:
-        print(f"prepare.py: {error}", file=sys.stderr)
-        return 1
+    """Make or check the data folder that the command line names. Returns the exit status; raises OSError and ValueError."""
+    if args.command == "demo":
+        return make_demo(args.out, args.num_workers)
+    if args.command == "maestro":
+        counts = None if args.all else {split: getattr(args, split) for split in SPLITS}
+        return make_maestro(args.source, args.out, counts, args.num_workers)
+    if args.command == "maps":
+        return make_maps(args.source, args.out, args.num_workers)
+    if args.command == "render":
+        return make_render(args.source, args.out, args.soundfont, args.split, args.deal, args.pedals, args.num_workers)
+    if args.command == "hold-out":
+        return hold_out(args.source, args.out, args.piano)
+    return check(args.folder, args.num_workers)
 
 
 def main(argv: list[str] | None = None) -> int:
     args = parse_args(argv)
-    return exit_status_of("prepare.py", lambda: run(args), "the same command goes on")
+    return exit_status_of("prepare.py", lambda: run(args), "the same command goes on", OSError, ValueError)
 
 
 if __name__ == "__main__":

@@ -23,7 +23,7 @@ from tqdm import tqdm
 
 import prepare
 from augment import augment, transposed, uniform
-from commands import Help, exit_status_of
+from commands import Help, exit_status_of, positive
 from constants import HOP_SIZE, SAMPLE_RATE
 from dataset import Recording, Segments, find_table, load_split
 from devices import autocast, keep_pages, pick_device, rank_and_world
@@ -222,14 +222,6 @@ class StopRequest:
 
 
 def build_parser(**defaults: Any) -> argparse.ArgumentParser:
-    def number(kind: type, or_zero: bool = False) -> Any:
-        def parse(text: str) -> Any:
-            if not (0 < (value := kind(text)) < math.inf or or_zero and value == 0):
-                raise ValueError
-            return value
-        parse.__name__ = f"{'non-negative' if or_zero else 'positive'} {kind.__name__}"
-        return parse
-
     def frames(text: str) -> int:
         if (samples := int(text)) < HOP_SIZE or samples % HOP_SIZE:
             raise argparse.ArgumentTypeError(f"{samples} samples are not whole frames of {HOP_SIZE}")
@@ -251,23 +243,23 @@ def build_parser(**defaults: Any) -> argparse.ArgumentParser:
     add("--data", nargs="+", default=["data"], help="data folders, see prepare.py; a split is that of all of them")
     add("--onset_data", nargs="*", default=[], help="more folders for training, from which onsets alone are learnt: their offsets "
         "follow another convention than those of --data")
-    add("--iterations", "-i", type=number(int), default=5000, help="training steps")
-    add("--batch_size", "-b", type=number(int), default=16, help="segments in a step, over all processes")
+    add("--iterations", "-i", type=positive(int), default=5000, help="training steps")
+    add("--batch_size", "-b", type=positive(int), default=16, help="segments in a step, over all processes")
     add("--sequence_length", "-v", type=frames, default=102400, help="samples in a segment")
-    add("--learning_rate", "-lr", type=number(float), help="at its peak; by default the recipe's: "
+    add("--learning_rate", "-lr", type=positive(float), help="at its peak; by default the recipe's: "
         + ", ".join(f"{recipe.learning_rate:g} for {name}" for name, recipe in RECIPES.items()))
-    add("--weight_decay", "-wd", type=number(float, or_zero=True), default=0.0, help="Adam's L2 penalty")
-    add("--validation_interval", "-vi", type=number(int), default=500, help="steps between validations and checkpoints")
-    add("--cnn_unit", "-cnn", type=number(int), default=Sizes.cnn_unit, help="channels of the first convolutions")
-    add("--fc_unit", "-fc", type=number(int), default=Sizes.fc_unit, help="features of a frame after the convolutions")
+    add("--weight_decay", "-wd", type=positive(float, or_zero=True), default=0.0, help="Adam's L2 penalty")
+    add("--validation_interval", "-vi", type=positive(int), default=500, help="steps between validations and checkpoints")
+    add("--cnn_unit", "-cnn", type=positive(int), default=Sizes.cnn_unit, help="channels of the first convolutions")
+    add("--fc_unit", "-fc", type=positive(int), default=Sizes.fc_unit, help="features of a frame after the convolutions")
     add("--weights", type=Path, metavar="CKPT", help="begin with the weights of this checkpoint where they fit, to adapt it or to enlarge it; "
         "for the same run again there is --resume")
-    add("--seed", type=number(int, or_zero=True), default=0, help="of weights, segments and dropout")
+    add("--seed", type=positive(int, or_zero=True), default=0, help="of weights, segments and dropout")
     add("--logdir", type=Path, help="run folder; by default runs/exp_ and the time, or the resumed run's")
     add("--save_midi", action="store_true", help="write what is heard in the test recordings as MIDI files")
     add("--resume", type=Path, metavar="CKPT", help="go on from this checkpoint as if never stopped")
     add("--debug", action="store_true", help="the whole path at toy size in about three minutes; makes the demo data if there is none")
-    add("--num_workers", type=number(int, or_zero=True), help=f"processes that cut segments ahead; they change no result; by default {GPU_WORKERS} beside a GPU, else none")
+    add("--num_workers", type=positive(int, or_zero=True), help=f"processes that cut segments ahead; they change no result; by default {GPU_WORKERS} beside a GPU, else none")
     add("--device", default="auto", help="auto, cpu, cuda or mps")
     parser.set_defaults(**defaults)
     return parser
@@ -476,7 +468,7 @@ def test(run: Path, args: argparse.Namespace, recordings: list[Recording], devic
 
 
 def run(argv: list[str] | None) -> int:
-    """Train as the command line says. Returns the exit status."""
+    """Train as the command line says. Returns the exit status; raises OSError, ValueError and FloatingPointError."""
     keep_pages()
     try:
         args = parse_args(argv)
@@ -489,19 +481,14 @@ def run(argv: list[str] | None) -> int:
             # the others wait while rank 0 makes data, validates and tests, so be patient
             dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=datetime.timedelta(hours=6))
         return train(args, load_data(args), device)
-    except BrokenPipeError:  # an OSError too
-        raise
-    except (OSError, ValueError, FloatingPointError) as error:  # bad input; a full disk; a loss that is no number
-        print(f"train.py: {error}", file=sys.stderr)
-        return 1
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()
 
 
 def main(argv: list[str] | None = None) -> int:
-    # Ctrl-C gets there when it is the second, or outside the loop
-    return exit_status_of("train.py", lambda: run(argv), "what was saved last is in the run folder")
+    # bad input, a full disk, a loss that is no number; and Ctrl-C when it is the second, or outside the loop
+    return exit_status_of("train.py", lambda: run(argv), "what was saved last is in the run folder", OSError, ValueError, FloatingPointError)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,8 @@
 """Small real recordings, made on the spot and read back by the project's own readers."""
 
+import dataclasses
 import os
+import pickle
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -88,3 +90,63 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("checkpoint") / "small.pt"
     save_checkpoint(path, build_model("onf", Sizes(4, 8, 8)))
     return path
+
+
+class Touch:
+    """Unpickling one creates a file."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self):
+        return os.mkdir, (str(self.path),)
+
+
+def broken(tmp_path: Path, kind: str) -> Path:
+    """A file at tmp_path/m.pt that is no checkpoint, in one of many ways."""
+    path = tmp_path / "m.pt"
+    save_checkpoint(path, build_model("rnn", Sizes(4, 8, 8)))
+    state = torch.load(path, weights_only=True)
+    if kind == "missing":
+        path.unlink()
+    elif kind == "empty":
+        path.write_bytes(b"")
+    elif kind == "text":
+        path.write_text("I am a letter, and no checkpoint.\n" * 5)
+    elif kind == "truncated":
+        path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+    elif kind == "folder":
+        path.unlink()
+        path.mkdir()
+    elif kind == "code":
+        torch.save({**state, "thresholds": Touch(tmp_path / "touched")}, path)
+    elif kind == "pickle":
+        path.write_bytes(pickle.dumps(Touch(tmp_path / "touched"), protocol=2))
+    elif kind == "constants":
+        torch.save({**state, "constants": {**state["constants"], "HOP_SIZE": 256}}, path)
+    elif kind == "no constants":
+        torch.save({**state, "constants": {}}, path)
+    elif kind == "tensor":
+        torch.save(torch.zeros(3), path)
+    elif kind == "dictionary":
+        torch.save({"a": 1}, path)
+    elif kind == "unknown model":
+        torch.save({**state, "model": "transformer"}, path)
+    elif kind == "wrong sizes":
+        torch.save({**state, "sizes": dataclasses.asdict(Sizes(4, 8, 9))}, path)
+    elif kind == "wrong class":
+        torch.save({**state, "model": "onf"}, path)
+    elif kind == "unknown size":
+        torch.save({**state, "sizes": {**state["sizes"], "heads": 8}}, path)
+    elif kind == "no thresholds":
+        torch.save({**state, "thresholds": {}}, path)
+    else:
+        raise AssertionError(kind)
+    return path
+
+
+BROKEN = {"missing": "cannot be read", "empty": "not a checkpoint", "text": "not a checkpoint", "truncated": "not a whole one",
+          "folder": "cannot be read", "code": "holds code", "pickle": "holds code", "constants": "HOP_SIZE = 256",
+          "no constants": "= None", "tensor": "not a checkpoint of train.py", "dictionary": "not a checkpoint of train.py",
+          "unknown model": "'transformer'", "wrong sizes": "does not fit", "wrong class": "does not fit", "unknown size": "does not fit",
+          "no thresholds": "does not fit"}

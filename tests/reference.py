@@ -2,7 +2,7 @@
 
 Everything is float32 in torch's own memory layout; piano rolls of whole recordings stay in memory; a batch is collated item by
 item; every parameter's gradient is clipped by itself; a recording goes through the model in one piece; notes are
-followed through the rolls frame by frame. The model is that of `build_model("onf", recipe=RECIPES["course"])`, whose weights it loads.
+followed through the rolls frame by frame, and scored all at once. The model is that of `build_model("onf", recipe=RECIPES["course"])`, whose weights it loads.
 """
 
 import json

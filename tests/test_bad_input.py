@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import soundfile
-from test_model import BROKEN, broken
+from conftest import BROKEN, broken
 
 import evaluate
 import prepare

@@ -4,15 +4,13 @@ import contextlib
 import copy
 import dataclasses
 import math
-import os
-import pickle
 import re
 import threading
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from conftest import BROKEN, broken
 from torch import Tensor, nn
 
 import constants
@@ -591,66 +589,6 @@ def test_a_checkpoint_carries_the_constants_and_what_training_adds(tmp_path):
     assert (state["step"], state["best"], state["model"]) == (12, 0.25, "rnn")
     assert state["versions"]["torch"] == str(torch.__version__)
     assert [path.name for path in tmp_path.iterdir()] == ["m.pt"]
-
-
-class Touch:
-    """Unpickling one creates a file."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-
-    def __reduce__(self):
-        return os.mkdir, (str(self.path),)
-
-
-def broken(tmp_path: Path, kind: str) -> Path:
-    """A file at tmp_path/m.pt that is no checkpoint, in one of many ways."""
-    path = tmp_path / "m.pt"
-    save_checkpoint(path, build_model("rnn", SMALL))
-    state = torch.load(path, weights_only=True)
-    if kind == "missing":
-        path.unlink()
-    elif kind == "empty":
-        path.write_bytes(b"")
-    elif kind == "text":
-        path.write_text("I am a letter, and no checkpoint.\n" * 5)
-    elif kind == "truncated":
-        path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
-    elif kind == "folder":
-        path.unlink()
-        path.mkdir()
-    elif kind == "code":
-        torch.save({**state, "thresholds": Touch(tmp_path / "touched")}, path)
-    elif kind == "pickle":
-        path.write_bytes(pickle.dumps(Touch(tmp_path / "touched"), protocol=2))
-    elif kind == "constants":
-        torch.save({**state, "constants": {**state["constants"], "HOP_SIZE": 256}}, path)
-    elif kind == "no constants":
-        torch.save({**state, "constants": {}}, path)
-    elif kind == "tensor":
-        torch.save(torch.zeros(3), path)
-    elif kind == "dictionary":
-        torch.save({"a": 1}, path)
-    elif kind == "unknown model":
-        torch.save({**state, "model": "transformer"}, path)
-    elif kind == "wrong sizes":
-        torch.save({**state, "sizes": dataclasses.asdict(Sizes(4, 8, 9))}, path)
-    elif kind == "wrong class":
-        torch.save({**state, "model": "onf"}, path)
-    elif kind == "unknown size":
-        torch.save({**state, "sizes": {**state["sizes"], "heads": 8}}, path)
-    elif kind == "no thresholds":
-        torch.save({**state, "thresholds": {}}, path)
-    else:
-        raise AssertionError(kind)
-    return path
-
-
-BROKEN = {"missing": "cannot be read", "empty": "not a checkpoint", "text": "not a checkpoint", "truncated": "not a whole one",
-          "folder": "cannot be read", "code": "holds code", "pickle": "holds code", "constants": "HOP_SIZE = 256",
-          "no constants": "= None", "tensor": "not a checkpoint of train.py", "dictionary": "not a checkpoint of train.py",
-          "unknown model": "'transformer'", "wrong sizes": "does not fit", "wrong class": "does not fit", "unknown size": "does not fit",
-          "no thresholds": "does not fit"}
 
 
 @pytest.mark.parametrize("kind", BROKEN)

@@ -767,4 +767,3 @@ def test_segments_are_augmented_as_the_recipe_says(recipe, data_folder, tmp_path
     for name in ("onset", "frame"):
         labels, moved = (torch.cat([batch[name] for batch in some]) for some in (original, heard))
         assert torch.equal(transposed(labels, keys), moved)
-
