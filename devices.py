@@ -18,6 +18,11 @@ def autocast(device: torch.device) -> torch.autocast:
     return torch.autocast(device.type, dtype=torch.bfloat16, enabled=fast)
 
 
+def multiplies_bytes(device: torch.device) -> bool:
+    """Whether convolutions of 8-bit integers are faster than those of floats: on x86 CPUs with AVX2, by oneDNN."""
+    return device.type == "cpu" and torch.cpu._is_avx2_supported() and torch.backends.mkldnn.is_available()
+
+
 def rank_and_world() -> tuple[int, int]:
     """This process's number and how many train together; (0, 1) without torchrun."""
     return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)

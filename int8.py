@@ -1,5 +1,5 @@
 """The convolution stacks in 8-bit integers: for inference on CPUs. The convolutions take little more than half of
-bfloat16's time, and the scores stay.
+bfloat16's time, and a third of float32's where the CPU multiplies bytes only; the scores stay.
 
 Weights are whole multiples of a step, one for each output channel, and so are features, one for each of theirs; products and
 sums are those of whole numbers (Jacob et al., CVPR 2018). How large features get is not measured on music but known from batch norm,
@@ -55,10 +55,11 @@ def in_bytes(x: Tensor) -> Tensor:
 
 
 class Int8ConvStack(nn.Module):
-    """What a ConvStack of `model.py` computes in eval mode. Only its first layer, which has a single channel to read, multiplies floats."""
+    """What a ConvStack of `model.py` computes in eval mode, given in `dtype`. Only its first layer, which has a single channel to read, multiplies floats."""
 
-    def __init__(self, stack: nn.Module) -> None:
+    def __init__(self, stack: nn.Module, dtype: torch.dtype) -> None:
         super().__init__()
+        self.dtype = dtype
         steps = [steps_of(stack.cnn[number + 1]) for number in (0, 3, 8)]
         self.first, *others = (told_in(step, *stack.cnn[number : number + 2]) for step, number in zip(steps, (0, 3, 8)))
         self.convolutions = [Int8Conv(conv, read) for conv, read in zip(others, steps)]
@@ -68,33 +69,34 @@ class Int8ConvStack(nn.Module):
         self.linear, self.bias = torch.ops.onednn.qlinear_prepack(weight, None), linear.bias.detach()
 
     def forward(self, mel: Tensor) -> Tensor:
-        """(B, T, M) -> (B, T, fc_unit) bfloat16."""
+        """(B, T, M) -> (B, T, fc_unit)."""
         with torch.autocast("cpu", enabled=False):
             x = in_bytes(self.first(mel.float().unsqueeze(1)))                # (B, 1, T, M) -> (B, C, T, M)
         for conv in self.convolutions:
             x = torch.maximum(*pairs(conv(x)))                                # (B, C, T, M) -> (B, C, T, M // 2)
         x = x.permute(0, 2, 3, 1).flatten(2)                                  # -> (B, T, M // 4 * C)
-        return torch.ops.onednn.qlinear_pointwise(x, 1.0, 0, self.linear, self.scale, None, self.bias, 1.0, 0, torch.bfloat16,
+        return torch.ops.onednn.qlinear_pointwise(x, 1.0, 0, self.linear, self.scale, None, self.bias, 1.0, 0, self.dtype,
                                                   "none", [], "")
 
 
 class Int8HarmonicStack(nn.Module):
-    """What a HarmonicStack of `model.py` computes in eval mode, its first layer in bfloat16. Features that are added have common steps."""
+    """What a HarmonicStack of `model.py` computes in eval mode, its first layer and what it gives in `dtype`. Features that are added have common steps."""
 
-    def __init__(self, stack: nn.Module) -> None:
+    def __init__(self, stack: nn.Module, dtype: torch.dtype) -> None:
         super().__init__()
+        self.dtype = dtype
         first, second, octaves, later, last = (
             part[i : i + 2] for part in stack.children() for i, layer in enumerate(part) if isinstance(layer, nn.Conv2d))  # with its norm
         begin, near, self.step = steps_of(first[1]), steps_of(second[1], octaves[1]), steps_of(later[1], last[1])
-        self.first = told_in(begin, *first).to(torch.bfloat16)
+        self.first = told_in(begin, *first).to(dtype)
         self.second, self.octaves = Int8Conv(told_in(near, *second), begin), Int8Conv(told_in(near, *octaves), near)
         self.later, self.last = Int8Conv(told_in(self.step, *later), near), Int8Conv(told_in(self.step, *last), self.step)
 
     def forward(self, x: Tensor) -> Tensor:
-        """(B, C, T, K) -> (B, units, T, K) bfloat16."""
-        x = self.second(in_bytes(self.first(x.bfloat16()))).clamp_(max=HALF)
+        """(B, C, T, K) -> (B, units, T, K)."""
+        x = self.second(in_bytes(self.first(x.to(self.dtype)))).clamp_(max=HALF)
         x = self.later(self.octaves(x).clamp_(max=HALF).add_(x)).clamp_(max=HALF)
-        return self.last(x).clamp_(max=HALF).add_(x) * self.step.bfloat16()[:, None, None]
+        return self.last(x).clamp_(max=HALF).add_(x) * self.step.to(self.dtype)[:, None, None]
 
 
 def in_steps(weight: Tensor) -> tuple[Tensor, Tensor]:

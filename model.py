@@ -22,7 +22,7 @@ from torch.nn.utils.fusion import fuse_conv_bn_eval
 import constants
 from augment import mel_of, shifted_filters
 from constants import F_MAX, F_MIN, HOP_SIZE, MIN_MIDI, N_FFT, N_KEYS, N_MELS, SAMPLE_RATE
-from devices import autocast
+from devices import autocast, multiplies_bytes
 from files import written_whole
 from int8 import Int8ConvStack, Int8HarmonicStack
 from layers import BatchNorm, Dropout, PoolRectifyDrop, in_context, is_long, mean_over_ranks, read_in_pieces, side_by_side
@@ -430,24 +430,24 @@ def build_model(name: str, sizes: Sizes = Sizes(), recipe: Recipe = RECIPES["def
 
 
 def for_inference(model: Transcriber) -> Transcriber:
-    """A copy that only infers, and faster: batch norm is folded into the convolution before it, and where autocast multiplies in
-    bfloat16, convolution stacks compute in 8-bit integers on a CPU, and elsewhere have their weights rounded once, not at every use."""
+    """A copy that only infers, and faster: convolution stacks compute in 8-bit integers on a CPU that multiplies these well; elsewhere batch
+    norm is folded into the convolution before it, and where autocast multiplies in bfloat16, weights are rounded once, not at every use."""
     model = copy.deepcopy(model).eval()
-    kind = next(model.parameters()).device.type
-    rounded = torch.is_autocast_enabled(kind)
+    device = next(model.parameters()).device
+    in_bytes = multiplies_bytes(device)
+    dtype = torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else torch.float32
     for parent in list(model.modules()):
         for name, layer in parent.named_children():
             if isinstance(layer, nn.LSTM):
                 layer.flatten_parameters()  # on CUDA a copy's are scattered
-            elif isinstance(layer, (ConvStack, HarmonicStack)) and rounded and kind == "cpu":  # which multiplies bytes twice as fast
-                setattr(parent, name, Int8ConvStack(layer) if isinstance(layer, ConvStack) else Int8HarmonicStack(layer))
+            elif isinstance(layer, (ConvStack, HarmonicStack)) and in_bytes:
+                setattr(parent, name, (Int8ConvStack if isinstance(layer, ConvStack) else Int8HarmonicStack)(layer, dtype))
             elif isinstance(layer, (ConvStack, HarmonicStack)):
                 for part in layer.children():
                     for i, norm in enumerate(part):
                         if isinstance(norm, BatchNorm):
                             part[i - 1], part[i] = fuse_conv_bn_eval(part[i - 1], norm), nn.Identity()
-                if rounded:
-                    layer.to(torch.get_autocast_dtype(kind))
+                layer.to(dtype)
     return model
 
 

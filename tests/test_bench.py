@@ -15,6 +15,7 @@ from conftest import random_notes
 import model
 import train
 from dataset import Recording, Segments, audio_to_int16
+from devices import multiplies_bytes
 from evaluate import extract_notes
 from model import Sizes, build_model
 from recipe import parse_recipe
@@ -151,16 +152,18 @@ def test_scaling_compares_one_process_with_two(toy, monkeypatch):
 
 
 def test_accuracy_compares_with_float32(toy, data_folder, tmp_path, monkeypatch):
-    seen = []
+    """And with convolutions of floats, where this machine infers in bytes."""
+    seen, cpu = [], torch.device("cpu")
     for module in (model, train):  # as on a machine with bfloat16
         monkeypatch.setattr(module, "autocast", lambda device: torch.autocast("cpu", torch.bfloat16))
     monkeypatch.setattr(train, "clip_gradients", lambda *_: None)
     features = model.Transcriber.features
-    monkeypatch.setattr(model.Transcriber, "features", lambda self, mel: seen.append(torch.is_autocast_enabled("cpu")) or features(self, mel))
+    monkeypatch.setattr(model.Transcriber, "features", lambda self, mel: seen.append(
+        (torch.is_autocast_enabled("cpu"), model.multiplies_bytes(cpu))) or features(self, mel))
     args = bench.parse_args(["accuracy", *toy, "--data", str(data_folder)])
     for fast in (True, False):
         bench.training_run(args, tmp_path, fast)()
-        assert set(seen) == {fast}
+        assert set(seen) == {(fast, fast and multiplies_bytes(cpu))}
         seen.clear()
 
 

@@ -4,12 +4,12 @@ import pytest
 import torch
 from torch import nn
 
-from devices import autocast
+from devices import multiplies_bytes
 from int8 import Int8ConvStack, Int8HarmonicStack, in_bytes, in_steps
 from layers import BatchNorm
 from model import ConvStack, HarmonicStack, build_model
 
-needs_bytes = pytest.mark.skipif(not autocast(torch.device("cpu"))._enabled, reason="such a CPU infers in float32")
+needs_bytes = pytest.mark.skipif(not multiplies_bytes(torch.device("cpu")), reason="such a CPU infers in floats")
 BANDS = 23  # odd, and so are its halves
 
 
@@ -47,17 +47,18 @@ def test_bytes_are_rectified_rounded_and_capped(dtype, layout):
     assert found.flatten()[0] == 0
 
 
-def relative_error(stack: ConvStack, mel: torch.Tensor) -> float:
+def relative_error(stack: ConvStack, mel: torch.Tensor, dtype: torch.dtype = torch.bfloat16) -> float:
     with torch.inference_mode():
-        exact, rough = stack(mel), Int8ConvStack(stack)(mel)
-    assert rough.shape == exact.shape and rough.dtype == torch.bfloat16
+        exact, rough = stack(mel), Int8ConvStack(stack, dtype)(mel)
+    assert rough.shape == exact.shape and rough.dtype == dtype
     return float((rough - exact).norm() / exact.norm())
 
 
 @needs_bytes
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("n_frames", [1, 2, 50])
-def test_it_computes_what_the_float_stack_computes(stack, n_frames):
-    assert relative_error(stack, torch.randn(2, n_frames, BANDS)) < 0.05
+def test_it_computes_what_the_float_stack_computes(stack, n_frames, dtype):
+    assert relative_error(stack, torch.randn(2, n_frames, BANDS), dtype) < 0.05
 
 
 @needs_bytes
@@ -68,7 +69,7 @@ def test_features_far_from_the_mean_are_told_too(stack):
 @needs_bytes
 def test_the_float_stack_stays_as_it_was(stack):
     before = {name: value.clone() for name, value in stack.state_dict().items()}
-    Int8ConvStack(stack)
+    Int8ConvStack(stack, torch.float32)
     assert all(torch.equal(before[name], value) for name, value in stack.state_dict().items())
 
 
@@ -90,10 +91,11 @@ def test_weights_in_steps():
 
 
 @needs_bytes
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("n_frames", [1, 2, 50])
 @pytest.mark.parametrize("silenced", [False, True])
 @pytest.mark.parametrize("level", [1, 3])
-def test_the_harmonic_stack_computes_what_the_float_stack_computes(harmonic_stack, n_frames, silenced, level):
+def test_the_harmonic_stack_computes_what_the_float_stack_computes(harmonic_stack, n_frames, silenced, level, dtype):
     if silenced:
         for layer in harmonic_stack.modules():
             if isinstance(layer, BatchNorm):
@@ -101,18 +103,20 @@ def test_the_harmonic_stack_computes_what_the_float_stack_computes(harmonic_stac
                 layer.weight.data[1], layer.bias.data[1] = 0, 0
     x = level * torch.randn(2, 12, n_frames, 88)
     with torch.inference_mode():
-        exact, rough = harmonic_stack(x), Int8HarmonicStack(harmonic_stack)(x)
-    assert rough.shape == exact.shape and rough.dtype == torch.bfloat16
+        exact, rough = harmonic_stack(x), Int8HarmonicStack(harmonic_stack, dtype)(x)
+    assert rough.shape == exact.shape and rough.dtype == dtype
     assert float((rough - exact).norm() / exact.norm()) < 0.05
 
 
 @needs_bytes
+@pytest.mark.parametrize("bfloat16", [False, True])
 @pytest.mark.parametrize("name, stacks", [("onf", 2), ("harmonic", 1)])
-def test_transcribers_infer_with_it_where_bfloat16_is_fast(monkeypatch, name, stacks):
+def test_transcribers_infer_with_it(monkeypatch, name, stacks, bfloat16):
     used = []
+    monkeypatch.setattr("model.autocast", lambda device: torch.autocast("cpu", torch.bfloat16, enabled=bfloat16))
     for kind in (Int8ConvStack, Int8HarmonicStack):
-        monkeypatch.setattr(f"model.{kind.__name__}", lambda stack, kind=kind: used.append(stack) or kind(stack))
+        monkeypatch.setattr(f"model.{kind.__name__}", lambda *args, kind=kind: used.append(args) or kind(*args))
     model = build_model(name).eval()
     model.infer(torch.zeros(5120))
-    assert len(used) == stacks
+    assert [dtype for _, dtype in used] == [torch.bfloat16 if bfloat16 else torch.float32] * stacks
     assert not any(isinstance(part, (Int8ConvStack, Int8HarmonicStack)) for part in model.modules())

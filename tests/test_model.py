@@ -70,8 +70,9 @@ def lively(name: str, recipe: str = "default") -> Transcriber:
 
 @pytest.fixture
 def float32(monkeypatch: pytest.MonkeyPatch):
-    """No bfloat16, whatever this machine is fast at."""
+    """Neither bfloat16 nor bytes, whatever this machine is fast at."""
     monkeypatch.setattr(model_module, "autocast", lambda device: torch.autocast(device.type, enabled=False))
+    monkeypatch.setattr(model_module, "multiplies_bytes", lambda device: False)
 
 
 # --- architecture ---

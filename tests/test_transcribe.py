@@ -41,6 +41,7 @@ def lively(tmp_path_factory) -> Path:
 @pytest.fixture(autouse=True)
 def float32(monkeypatch):
     monkeypatch.setattr(model_module, "autocast", lambda device: torch.autocast(device.type, enabled=False))
+    monkeypatch.setattr(model_module, "multiplies_bytes", lambda device: False)
 
 
 @pytest.fixture
