@@ -22,6 +22,7 @@ BLOCK = 1 << 18        # samples read or written at a time; keeps memory flat, a
 RENDER_RATE = 48000    # FluidSynth acts on events every 64 samples: 1.3 ms here, 4 ms at 16 kHz
 HEADER_SLIP = 1024     # bytes by which a whole file's header may promise too much: some programs count their own chunks in
 NO_SIZES = (0, 0x7FFFF000, 0x7FFFFFFF, 0x80000000, 0xFFFFFFFF)  # bytes; about one of these stands in the header of what a program wrote to a pipe
+INT16 = 32768.0        # int16 samples in a full scale
 NO_LENGTH = 1 << 50    # or more than this, in bytes or samples, where a header has room for it
 TAIL_SECONDS = 2.0     # what rings on after the last note of rendered MIDI
 
@@ -112,10 +113,16 @@ def ffmpeg_blocks(ffmpeg: str, path: Path) -> Iterator[tuple[np.ndarray, int]]:
         raise ValueError(f"{path}: holds no audio that libsndfile or ffmpeg reads, or is truncated ({(message or 'ffmpeg failed').splitlines()[-1]})")
 
 
+def audio_to_int16(audio: np.ndarray) -> np.ndarray:
+    """(S,) float in [-1, 1] -> (S,) int16."""
+    return np.clip(np.round(audio * INT16), -INT16, INT16 - 1).astype(np.int16)
+
+
 def load_audio(path: str | Path) -> np.ndarray:
     """Read an audio file of any rate, length and channel count.
 
-    Memory grows with the result alone: blocks are mixed down and resampled as they are read.
+    Memory grows with the result alone: blocks are mixed down and resampled as they are read. It is rounded to 16 bits, like all that
+    models are trained on and evaluated with: below these, silence is another one in an OGG or MP3 file, and is heard otherwise.
 
     Returns:
         (S,) float32 in [-1, 1] at SAMPLE_RATE, the mean of the channels.
@@ -134,9 +141,9 @@ def load_audio(path: str | Path) -> np.ndarray:
             if rate != SAMPLE_RATE:
                 resampler = resampler or soxr.ResampleStream(rate, SAMPLE_RATE, 1, dtype="float32")
                 mono = resampler.resample_chunk(mono)
-            sound.write(np.clip(mono, -1, 1))
+            sound.write(audio_to_int16(mono) / np.float32(INT16))
         if resampler:
-            sound.write(np.clip(resampler.resample_chunk(np.zeros(0, np.float32), last=True), -1, 1))
+            sound.write(audio_to_int16(resampler.resample_chunk(np.zeros(0, np.float32), last=True)) / np.float32(INT16))
     except soundfile.LibsndfileError as error:
         raise ValueError(f"{path}: is broken ({error.error_string.strip()})") from error
     except OSError as error:

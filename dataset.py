@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from audio import load_audio
+from audio import INT16, audio_to_int16, load_audio
 from constants import HOP_SIZE, N_KEYS, SAMPLE_RATE
 from files import written_whole
 from notes import Notes, notes_to_rolls, read_midi
@@ -26,7 +26,6 @@ from notes import Notes, notes_to_rolls, read_midi
 SPLITS = ("train", "validation", "test")
 COLUMNS = ("canonical_composer", "canonical_title", "split", "year", "midi_filename", "audio_filename", "duration")
 AUDIO_SUFFIXES = (".flac", ".wav", ".ogg", ".mp3")  # tried in this order where a table's own name is not on the disk
-INT16 = 32768.0  # int16 samples in a full scale
 CACHE_VERSION = "2"  # part of every cache name: a change of what load_audio or read_midi give needs a new one
 
 
@@ -70,11 +69,6 @@ def forget_pages(audio: np.ndarray) -> None:
     mapping = getattr(audio, "_mmap", None)
     if mapping is not None and hasattr(mapping, "madvise"):  # Windows has none, and trims mapped files by itself
         mapping.madvise(mmap.MADV_DONTNEED)
-
-
-def audio_to_int16(audio: np.ndarray) -> np.ndarray:
-    """(S,) float in [-1, 1] -> (S,) int16."""
-    return np.clip(np.round(audio * INT16), -INT16, INT16 - 1).astype(np.int16)
 
 
 def find_table(folder: str | Path) -> Path | None:

@@ -273,23 +273,19 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Score a checkpoint as the command line says. Returns the exit status."""
+    """Score a checkpoint as the command line says. Returns the exit status; raises OSError and ValueError."""
     keep_pages()
-    try:
-        device = pick_device(args.device)
-        state = read_checkpoint(args.checkpoint)
-        model = model_of(state, args.checkpoint)
-        folders = args.data or state.get("data", {}).get("folders", ["data"])
-        recordings = load_split(folders, args.split)
-        to_analyse = recordings if args.analyse else []
-        held = [held_by_pedal(recording) for recording in tqdm(to_analyse, "reading pedals", unit="recording", leave=False, disable=None)]
-        if args.share:
-            share_checkpoint(args.share, state)
-            args.checkpoint = args.share
-            model = model_of(read_checkpoint(args.share), args.share)
-    except (OSError, ValueError) as error:
-        print(f"evaluate.py: {error}", file=sys.stderr)
-        return 1
+    device = pick_device(args.device)
+    state = read_checkpoint(args.checkpoint)
+    model = model_of(state, args.checkpoint)
+    folders = args.data or state.get("data", {}).get("folders", ["data"])
+    recordings = load_split(folders, args.split)
+    to_analyse = recordings if args.analyse else []
+    held = [held_by_pedal(recording) for recording in tqdm(to_analyse, "reading pedals", unit="recording", leave=False, disable=None)]
+    if args.share:
+        share_checkpoint(args.share, state)
+        args.checkpoint = args.share
+        model = model_of(read_checkpoint(args.share), args.share)
     rows, heard = evaluate_split(model.to(device), recordings, args.reference)
     path = (args.save_path or args.checkpoint.parent) / f"{args.checkpoint.stem}_{args.split}_{args.reference}.json"
     said = [f"{args.checkpoint}, {len(rows)} {args.split} recordings of {' '.join(folders)}, reference: {args.reference}, "
@@ -318,7 +314,7 @@ def run(args: argparse.Namespace) -> int:
 
 def main(argv: list[str] | None = None) -> int:
     args = parse_args(argv)
-    return exit_status_of("evaluate.py", lambda: run(args), "what is written is whole")
+    return exit_status_of("evaluate.py", lambda: run(args), "what is written is whole", OSError, ValueError)
 
 
 if __name__ == "__main__":

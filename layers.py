@@ -143,11 +143,12 @@ class PooledRectifiedDropped(torch.autograd.Function):
         return whole, None, None
 
 
-def in_context(features: Tensor, lstm: nn.LSTM) -> Tensor:
+def in_context(features: Tensor, lstm: nn.RNNBase) -> Tensor:
     """(B, T, C) -> (B, T, 2H). On CUDA in float32, for autocast would make float16 of it there, too coarse for the gradients."""
+    in_pieces = isinstance(lstm, nn.LSTM) and lstm.bidirectional and lstm.bias and not lstm.proj_size  # others read all at once
     with torch.autocast("cuda", enabled=False):
         features = features.float() if features.is_cuda else features
-        if not is_long(features):
+        if not (in_pieces and is_long(features)):
             return lstm(features)[0]
         for layer in range(lstm.num_layers):
             features = layer_in_pieces(features, lstm, layer)

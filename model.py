@@ -210,6 +210,9 @@ class Transcriber(nn.Module):
 
         Returns:
             Frame logits and onset logits, (T, K) float32 each, on the CPU.
+
+        Raises:
+            ValueError: they are not all numbers.
         """
         device = next(self.parameters()).device
         with autocast(device):
@@ -237,7 +240,10 @@ class Transcriber(nn.Module):
         with autocast(device):
             side_by_side(listen, range(0, n_frames, chunk_frames), device.type)
             logits = fast.recur(*whole)
-        return tuple(logit[0].float().cpu() for logit in logits)
+        logits = tuple(logit[0].float().cpu() for logit in logits)
+        if not all(logit.sum().isfinite() for logit in logits):
+            raise ValueError("what the model makes of a recording is not a number (NaN or infinity)")
+        return logits
 
 
 class Baseline(Transcriber):
@@ -421,6 +427,7 @@ class Harmonic(Transcriber):
         return said.unflatten(0, (-1, N_KEYS)).transpose(1, 2)
 
 
+IN_BYTES = {ConvStack: Int8ConvStack, HarmonicStack: Int8HarmonicStack}
 MODELS = {"baseline": Baseline, "rnn": RNN, "crnn": CRNN, "onf": OnsetsAndFrames, "harmonic": Harmonic}
 
 
@@ -440,9 +447,9 @@ def for_inference(model: Transcriber) -> Transcriber:
         for name, layer in parent.named_children():
             if isinstance(layer, nn.LSTM):
                 layer.flatten_parameters()  # on CUDA a copy's are scattered
-            elif isinstance(layer, (ConvStack, HarmonicStack)) and in_bytes:
-                setattr(parent, name, (Int8ConvStack if isinstance(layer, ConvStack) else Int8HarmonicStack)(layer, dtype))
-            elif isinstance(layer, (ConvStack, HarmonicStack)):
+            elif type(layer) in IN_BYTES and in_bytes:  # not what is derived from these, which may compute other things
+                setattr(parent, name, IN_BYTES[type(layer)](layer, dtype))
+            elif type(layer) in IN_BYTES:
                 for part in layer.children():
                     for i, norm in enumerate(part):
                         if isinstance(norm, BatchNorm):
@@ -536,7 +543,7 @@ def model_of(state: dict[str, Any], path: str | Path) -> Transcriber:
     """Build the transcriber that `read_checkpoint` read from `path`, in eval mode on the CPU.
 
     Raises:
-        ValueError: its weights do not fit its sizes.
+        ValueError: its weights do not fit its sizes, or are not all numbers.
     """
     try:
         # what a recipe does not name came after it was written, and was then done as in the course's
@@ -546,6 +553,8 @@ def model_of(state: dict[str, Any], path: str | Path) -> Transcriber:
         model.thresholds = {head: float(state["thresholds"][head]) for head in ("onset", "frame")}
     except (TypeError, ValueError, RuntimeError, KeyError, AttributeError) as error:
         raise ValueError(f"{path}: does not fit this version of the models ({textwrap.shorten(str(error), 160)})") from error
+    if not all(value.isfinite().all() for value in model.state_dict().values()):
+        raise ValueError(f"{path}: holds weights that are not numbers (NaN or infinity)")
     return model.eval()
 
 

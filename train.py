@@ -29,6 +29,7 @@ from dataset import Recording, Segments, find_table, load_split
 from devices import autocast, keep_pages, pick_device, rank_and_world
 from evaluate import evaluate_split, format_table, predict, score, summarise, tune_thresholds, write_results
 from files import write_json, written_whole
+from layers import mean_over_ranks
 from model import (
     MODELS,
     Sizes,
@@ -161,11 +162,11 @@ def any_rank(*flags: bool) -> list[bool]:
     return [bool(flag) for flag in raised]
 
 
-def begin_with(model: Transcriber, path: Path) -> list[str]:
+def begin_with(model: Transcriber, path: Path) -> tuple[list[str], list[str]]:
     """Load the weights of a checkpoint into those of the model that have the same name and shape.
 
     Returns:
-        The layers that stay as they are, in whole or in part.
+        The layers that stay as they are, in whole or in part, and those of the checkpoint for which there is no place.
 
     Raises:
         OSError, ValueError: the checkpoint cannot be read, or holds another kind of model.
@@ -176,7 +177,8 @@ def begin_with(model: Transcriber, path: Path) -> list[str]:
     fitting = {name: value for name, value in state["weights"].items()
                if isinstance(value, Tensor) and name in own and own[name].shape == value.shape}
     model.load_state_dict(fitting, strict=False)
-    return sorted({name.split(".")[0] for name, _ in model.named_parameters() if name not in fitting})
+    anew = {name.split(".")[0] for name, _ in model.named_parameters() if name not in fitting}
+    return sorted(anew), sorted({name.split(".")[0] for name in state["weights"] if name not in own})
 
 
 def best_beside(resumed: Path, state: dict[str, Any]) -> Path:
@@ -348,7 +350,7 @@ def train(args: argparse.Namespace, data: dict[str, list[Recording]], device: to
         model = model_of(args.state, args.resume).to(device)
     else:
         model = build_model(args.model, Sizes(args.cnn_unit, args.fc_unit), parse_recipe(args.recipe))
-        anew = begin_with(model, args.weights) if args.weights else []
+        anew, unused = begin_with(model, args.weights) if args.weights else ([], [])
         model.to(device)
     recipe = model.recipe  # a resumed run keeps the one it began with
     model.train()
@@ -376,7 +378,8 @@ def train(args: argparse.Namespace, data: dict[str, list[Recording]], device: to
     log(f"{args.model}, {n_parameters(model):,} parameters, recipe {args.recipe}, seed {args.seed}, on {device}"
         + (f" x {world}" if world > 1 else "") + f", into {run}\n"
         + f"data {' '.join(args.data + args.onset_data)}: " + ", ".join(f"{len(data[split])} {split} ({minutes[split]:.1f} min)" for split in data)
-        + (f"\nweights of {args.weights}" + (f", but for {', '.join(anew)}" if anew else "") if args.weights and not args.state else "")
+        + (f"\nweights of {args.weights}" + (f", but for {', '.join(anew)}" if anew else "")
+           + (f"; not used: {', '.join(unused)}" if unused else "") if args.weights and not args.state else "")
         + f"\nsteps {first} to {args.iterations} of {args.batch_size} x {args.sequence_length / SAMPLE_RATE:.1f} s")
     if rank == 0:
         from torch.utils.tensorboard import SummaryWriter  # slow to import, and only needed here
@@ -405,6 +408,7 @@ def train(args: argparse.Namespace, data: dict[str, list[Recording]], device: to
             # augmentation and dropout too are drawn from the seed and the step alone: that is the whole random state of a run
             torch.manual_seed(int(np.random.SeedSequence((args.seed, step, rank)).generate_state(1, np.uint64)[0] >> 1))
             losses = training_step(parallel, recipe, optimizer, batch, device)
+            of_all = mean_over_ranks(torch.stack(list(losses.values())))
             validating = step % args.validation_interval == 0 or step == args.iterations
             unseen.append((step, sum(losses.values()), batch["recording"]))
             stopping = False
@@ -419,9 +423,9 @@ def train(args: argparse.Namespace, data: dict[str, list[Recording]], device: to
                     names = ", ".join(data["train"][i].name for i in sorted(set(drawn.tolist())))
                     raise FloatingPointError(f"step {number}: the loss is {values[number - step - 1]}; recordings of the batch: {names}")
                 unseen.clear()
-                bar.set_postfix_str(f"loss {values[-1]:.4f}")
+                bar.set_postfix_str(f"loss {of_all.sum():.4f}")
             if writer and (step % 10 == 0 or step == 1):
-                for name, scalar in {**losses, "learning_rate": torch.tensor(optimizer.param_groups[0]["lr"])}.items():
+                for name, scalar in {**dict(zip(losses, of_all)), "learning_rate": torch.tensor(optimizer.param_groups[0]["lr"])}.items():
                     writer.add_scalar(f"train/{name}", scalar.item(), step)
             schedule.step()
             if validating and rank == 0:

@@ -87,7 +87,7 @@ def draw(path: Path, audio: np.ndarray, notes: Notes, ref: Notes | None = None) 
 
 
 def transcribe(model: Transcriber, audio: np.ndarray) -> tuple[Notes, np.ndarray, np.ndarray]:
-    """Notes, and the onset and frame probabilities (T, 88) they were read from, of (S,) float32 audio."""
+    """Notes, and the onset and frame probabilities (T, 88) they were read from, of (S,) float32 audio; raises ValueError as `infer` does."""
     frame_logit, onset_logit = (logit.numpy() for logit in model.infer(torch.from_numpy(audio)))
     notes = estimated_notes((frame_logit, onset_logit), model.thresholds, model.recipe.onset_target)
     return notes, probability(onset_logit), probability(frame_logit)
@@ -113,13 +113,9 @@ def transcribe_file(model: Transcriber, path: Path, base: Path, sound: bool) -> 
     """Read `path`, write all that is named after `base`, and say so in a line. Returns the exit status."""
     try:
         audio = load_audio(path)
-    except (OSError, ValueError) as error:
-        tqdm.write(f"transcribe.py: {error}", file=sys.stderr)
-        return 1
-    notes, onset, frame = transcribe(model, audio)
-    try:
+        notes, onset, frame = transcribe(model, audio)
         write_all(base, audio, notes, onset, frame, sound)
-    except OSError as error:
+    except (OSError, ValueError) as error:
         tqdm.write(f"transcribe.py: {error}", file=sys.stderr)
         return 1
     tqdm.write(f"{path}: {len(audio) / SAMPLE_RATE:.1f} s, {len(notes)} notes -> {base}.midi")
@@ -154,15 +150,11 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Transcribe what the command line names. Returns the exit status."""
+    """Transcribe what the command line names. Returns the exit status; raises OSError and ValueError."""
     keep_pages()
-    try:
-        model = load_checkpoint(args.checkpoint, pick_device(args.device))
-        recordings = find_recordings(args.audio)
-        check_writable(args.save_path)
-    except (OSError, ValueError) as error:
-        print(f"transcribe.py: {error}", file=sys.stderr)
-        return 1
+    model = load_checkpoint(args.checkpoint, pick_device(args.device))
+    recordings = find_recordings(args.audio)
+    check_writable(args.save_path)
     if not (sound := has_fluidsynth()):
         print("transcribe.py: libfluidsynth is missing (apt-get install fluidsynth), so no .wav is written", file=sys.stderr)
     status = 0
@@ -173,7 +165,7 @@ def run(args: argparse.Namespace) -> int:
 
 def main(argv: list[str] | None = None) -> int:
     args = parse_args(argv)
-    return exit_status_of("transcribe.py", lambda: run(args), "what is written is whole")
+    return exit_status_of("transcribe.py", lambda: run(args), "what is written is whole", OSError, ValueError)
 
 
 if __name__ == "__main__":

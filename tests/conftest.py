@@ -138,6 +138,8 @@ def broken(tmp_path: Path, kind: str) -> Path:
         torch.save({**state, "model": "onf"}, path)
     elif kind == "unknown size":
         torch.save({**state, "sizes": {**state["sizes"], "heads": 8}}, path)
+    elif kind == "not numbers":
+        torch.save({**state, "weights": {name: value * torch.nan if value.is_floating_point() else value for name, value in state["weights"].items()}}, path)
     elif kind == "no thresholds":
         torch.save({**state, "thresholds": {}}, path)
     else:
@@ -149,4 +151,4 @@ BROKEN = {"missing": "cannot be read", "empty": "not a checkpoint", "text": "not
           "folder": "cannot be read", "code": "holds code", "pickle": "holds code", "constants": "HOP_SIZE = 256",
           "no constants": "= None", "tensor": "not a checkpoint of train.py", "dictionary": "not a checkpoint of train.py",
           "unknown model": "'transformer'", "wrong sizes": "does not fit", "wrong class": "does not fit", "unknown size": "does not fit",
-          "no thresholds": "does not fit"}
+          "no thresholds": "does not fit", "not numbers": "not numbers"}

@@ -9,9 +9,9 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from audio import save_audio
+from audio import audio_to_int16, save_audio
 from constants import HOP_SIZE, MAX_MIDI, MIN_MIDI, N_KEYS, SAMPLE_RATE
-from dataset import Recording, audio_to_int16
+from dataset import Recording
 from model import FRAME_RATE, ONSET_RATE
 from notes import Notes
 

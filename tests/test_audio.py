@@ -14,7 +14,7 @@ import soundfile
 import soxr
 
 import audio
-from audio import BLOCK, TAIL_SECONDS, default_soundfont, has_fluidsynth, load_audio, render_midi, save_audio
+from audio import BLOCK, TAIL_SECONDS, audio_to_int16, default_soundfont, has_fluidsynth, load_audio, render_midi, save_audio
 from constants import SAMPLE_RATE
 from notes import Notes, notes_to_midi
 
@@ -78,7 +78,19 @@ def test_blocks_join_without_a_seam(tmp_path):
 
 def test_a_float_file_beyond_full_scale_is_clipped(tmp_path):
     soundfile.write(tmp_path / "loud.wav", np.array([0.5, 1.5, -3.0]), SAMPLE_RATE, subtype="FLOAT")
-    assert load_audio(tmp_path / "loud.wav").tolist() == [0.5, 1.0, -1.0]
+    assert load_audio(tmp_path / "loud.wav").tolist() == [0.5, 32767 / 32768, -1.0]
+
+
+def test_int16_is_full_scale_and_does_not_wrap():
+    assert audio_to_int16(np.array([0, 0.5, -1, 1, 1.5, -1.5])).tolist() == [0, 16384, -32768, 32767, 32767, -32768]
+
+
+@pytest.mark.parametrize("name, rate", [("a.ogg", 16000), ("a.mp3", 44100), ("a.wav", 48000)])
+def test_audio_is_the_same_from_the_file_and_from_the_cache(tmp_path, name, rate):
+    """Which keeps 16 bits."""
+    soundfile.write(tmp_path / name, click_and_tone(rate, 2) + 1e-6, rate, subtype="FLOAT" if name == "a.wav" else None)
+    audio = load_audio(tmp_path / name)
+    assert np.array_equal(audio, audio_to_int16(audio) / np.float32(32768))
 
 
 def test_one_sample_is_audio(tmp_path):

@@ -14,7 +14,8 @@ from conftest import random_notes
 
 import model
 import train
-from dataset import Recording, Segments, audio_to_int16
+from audio import audio_to_int16
+from dataset import Recording, Segments
 from devices import multiplies_bytes
 from evaluate import extract_notes
 from model import Sizes, build_model

@@ -13,8 +13,9 @@ import torch
 from conftest import play, random_notes, write_tones
 
 import dataset
+from audio import audio_to_int16
 from constants import HOP_SIZE, MIN_MIDI, SAMPLE_RATE
-from dataset import COLUMNS, Recording, Segments, allow_files, audio_to_int16, find_audio, load_recording, load_split, read_table
+from dataset import COLUMNS, Recording, Segments, allow_files, find_audio, load_recording, load_split, read_table
 from files import write_json
 from notes import ONSET_PLACES, Notes, notes_to_rolls
 
@@ -110,10 +111,6 @@ def test_the_beginning_of_a_recording():
     short = recording.until(1.0)
     assert len(short.audio) == SAMPLE_RATE and short.n_frames == 31 and short.name == "r"
     assert short.notes.intervals.tolist() == [[0, 1]]
-
-
-def test_int16_is_full_scale_and_does_not_wrap():
-    assert audio_to_int16(np.array([0, 0.5, -1, 1, 1.5, -1.5])).tolist() == [0, 16384, -32768, 32767, 32767, -32768]
 
 
 # --- tables ---

@@ -5,7 +5,8 @@ import pytest
 import torch
 from torch import nn
 
-from layers import BatchNorm, Dropout, PoolRectifyDrop
+import layers
+from layers import BatchNorm, Dropout, PoolRectifyDrop, in_context
 
 
 @pytest.mark.parametrize("p", [0.1, 0.25, 0.5])
@@ -87,3 +88,14 @@ def test_batch_norm_is_torchs_own_in_one_process(shape):
         torch.testing.assert_close(ours(x), theirs(x))
     torch.testing.assert_close(ours.state_dict(), theirs.state_dict())
     torch.testing.assert_close(ours.eval()(x), theirs.eval()(x))
+
+
+@pytest.mark.parametrize("layer", [nn.GRU(5, 4, 2, batch_first=True, bidirectional=True), nn.RNN(5, 4, batch_first=True), nn.LSTM(5, 4, batch_first=True),
+                                   nn.LSTM(5, 4, bias=False, batch_first=True, bidirectional=True),
+                                   nn.LSTM(5, 4, proj_size=3, batch_first=True, bidirectional=True),
+                                   nn.LSTM(5, 4, 2, batch_first=True, bidirectional=True)], ids=repr)
+def test_any_recurrent_layer_infers_what_is_long(layer, monkeypatch):
+    monkeypatch.setattr(layers, "LONG_FRAMES", 8)
+    features = torch.randn(2, 20, 5)
+    with torch.inference_mode():
+        torch.testing.assert_close(in_context(features, layer), layer(features)[0])

@@ -546,6 +546,30 @@ def test_audio_shorter_than_a_frame_gives_one(float32):
         assert frame.shape == onset.shape == (1, N_KEYS) and torch.isfinite(frame).all()
 
 
+class Inverted(ConvStack):
+    """What somebody may derive."""
+
+    def forward(self, mel: Tensor) -> Tensor:
+        return -super().forward(mel)
+
+
+def test_a_convolution_stack_of_ones_own_infers_as_it_is():
+    model, mel = lively("baseline"), torch.randn(1, 9, N_MELS)
+    model.frame_conv_stack.__class__ = Inverted
+    with torch.no_grad():
+        torch.testing.assert_close(model_module.for_inference(model).frame_conv_stack(mel), model.frame_conv_stack(mel))
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_what_is_not_a_number_is_no_logit(name):
+    model = lively(name)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.fill_(math.nan)
+    with pytest.raises(ValueError, match="not a number"):
+        model.infer(noise(9 * HOP_SIZE))
+
+
 def test_inference_makes_no_graph_and_is_float32_under_autocast():
     frame, onset = lively("onf").infer(noise(9 * HOP_SIZE), chunk_frames=4)
     assert not frame.requires_grad and frame.dtype == onset.dtype == torch.float32

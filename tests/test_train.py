@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import nn
 
 import evaluate
@@ -98,9 +99,7 @@ def test_results_are_means_over_the_test_recordings(finished, data_folder):
 
 
 def test_tensorboard_can_be_read_back(finished):
-    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-    events = EventAccumulator(str(finished))
-    events.Reload()
+    events = EventAccumulator(str(finished)).Reload()
     tags = set(events.Tags()["scalars"])
     assert set(VALIDATION) <= tags and {"train/frame_loss", "train/onset_loss", "train/learning_rate"} <= tags
     for name in VALIDATION:
@@ -460,12 +459,17 @@ def test_a_run_begins_with_the_weights_it_is_given(finished, data_folder, tmp_pa
 def test_layers_that_the_weights_do_not_fit_begin_anew(finished, data_folder, tmp_path, capsys):
     model = build_model("onf", Sizes(4, 8), parse_recipe("default,combined_unit=8"))
     own = {name: value.clone() for name, value in model.state_dict().items()}
-    assert train.begin_with(model, finished / "model-4.pt") == ["combined_fc", "combined_lstm"]
+    assert train.begin_with(model, finished / "model-4.pt") == (["combined_fc", "combined_lstm"], [])
     given = state_of(finished / "model-4.pt")["weights"]
     for name, value in model.state_dict().items():
         assert torch.equal(value, given[name] if given[name].shape == value.shape else own[name])
     flags = tiny(data_folder, tmp_path, "--weights", str(finished / "model-4.pt"), "-i", "1", "--recipe", "default,combined_unit=8")
     assert train.main(flags) == 0 and "model-4.pt, but for combined_fc, combined_lstm\n" in capsys.readouterr().out
+
+
+def test_weights_without_a_place_are_named(finished, data_folder, tmp_path, capsys):
+    flags = tiny(data_folder, tmp_path, "--weights", str(finished / "model-4.pt"), "-i", "1", "--recipe", "default,normalise_mel=False")
+    assert train.main(flags) == 0 and "model-4.pt; not used: mel_norm\n" in capsys.readouterr().out
 
 
 def test_weights_of_another_model_are_refused(finished, data_folder, tmp_path, capsys):
@@ -523,6 +527,9 @@ def test_two_processes_have_the_gradients_of_one(data_folder, tmp_path):
         error = (two[name] - gradient).norm()
         # a bias before a batch norm has no gradient but rounding
         assert error <= 2e-3 * gradient.norm() + 1e-6, f"{name}: {error} of {gradient.norm()}"
+    for name in ("train/frame_loss", "train/onset_loss"):
+        losses = [EventAccumulator(str(tmp_path / run)).Reload().Scalars(name)[0].value for run in runs]  # each of what both have heard
+        assert losses[0] > 0 and losses[1] == pytest.approx(losses[0], rel=1e-4)
     levels = [state_of(tmp_path / name / "model-1.pt")["weights"]["level"].item() for name in runs]  # of what both have heard
     assert levels[0] > 0 and levels[1] == pytest.approx(levels[0], rel=1e-5)
     assert {path.name for path in (tmp_path / "two").iterdir() if "tfevents" not in path.name} \
