@@ -123,6 +123,7 @@ def load_audio(path: str | Path) -> np.ndarray:
 
     Memory grows with the result alone: blocks are mixed down and resampled as they are read. It is rounded to 16 bits, like all that
     models are trained on and evaluated with: below these, silence is another one in an OGG or MP3 file, and is heard otherwise.
+    What goes beyond full scale, as samples in floats may, is made softer as a whole.
 
     Returns:
         (S,) float32 in [-1, 1] at SAMPLE_RATE, the mean of the channels.
@@ -141,9 +142,9 @@ def load_audio(path: str | Path) -> np.ndarray:
             if rate != SAMPLE_RATE:
                 resampler = resampler or soxr.ResampleStream(rate, SAMPLE_RATE, 1, dtype="float32")
                 mono = resampler.resample_chunk(mono)
-            sound.write(audio_to_int16(mono) / np.float32(INT16))
+            sound.write(mono)
         if resampler:
-            sound.write(audio_to_int16(resampler.resample_chunk(np.zeros(0, np.float32), last=True)) / np.float32(INT16))
+            sound.write(resampler.resample_chunk(np.zeros(0, np.float32), last=True))
     except soundfile.LibsndfileError as error:
         raise ValueError(f"{path}: is broken ({error.error_string.strip()})") from error
     except OSError as error:
@@ -151,6 +152,9 @@ def load_audio(path: str | Path) -> np.ndarray:
     audio = np.frombuffer(sound.getbuffer(), np.float32)
     if not len(audio):
         raise ValueError(f"{path}: holds no samples")
+    full_scale = max(1.0, float(audio.max()), float(-audio.min()))
+    for block in np.split(audio, range(BLOCK, len(audio), BLOCK)):  # in place, for a recording may be long
+        block[:] = audio_to_int16(block / full_scale) / np.float32(INT16)
     return audio
 
 

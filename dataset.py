@@ -26,7 +26,7 @@ from notes import Notes, notes_to_rolls, read_midi
 SPLITS = ("train", "validation", "test")
 COLUMNS = ("canonical_composer", "canonical_title", "split", "year", "midi_filename", "audio_filename", "duration")
 AUDIO_SUFFIXES = (".flac", ".wav", ".ogg", ".mp3")  # tried in this order where a table's own name is not on the disk
-CACHE_VERSION = "2"  # part of every cache name: a change of what load_audio or read_midi give needs a new one
+CACHE_VERSION = "3"  # part of every cache name: a change of what load_audio or read_midi give needs a new one
 
 
 @dataclass(frozen=True)

@@ -3,6 +3,7 @@
 import contextlib
 import json
 import os
+import secrets
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -13,13 +14,13 @@ def written_whole(path: str | Path) -> Iterator[Path]:
     """Give a temporary path beside `path`; what was written there becomes `path` when the block ends well.
 
     A kill, a full disk or an exception leaves the old file, or none, and never a half of the new one.
-    The temporary file keeps the suffix, because writers choose their format by it.
+    The temporary file keeps the suffix, because writers choose their format by it; its name is no other's, on hosts that share a disk too.
 
     Raises:
         OSError: the folder cannot be made or written; the message names `path`.
     """
     path = Path(path)
-    temporary = path.with_name(f".{path.stem}.{os.getpid()}.tmp{path.suffix}")
+    temporary = path.with_name(f".{path.stem}.{secrets.token_hex(8)}.tmp{path.suffix}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         yield temporary

@@ -6,6 +6,7 @@ import dataclasses
 import datetime
 import itertools
 import math
+import multiprocessing.util
 import os
 import shutil
 import signal
@@ -79,6 +80,8 @@ def batches(segments: Segments, batch_size: int, first: int, last: int, workers:
     if workers is None:  # a GPU would wait for segments; on a CPU other processes are in the way, and spawned ones copy all recordings
         forks = torch.multiprocessing.get_start_method() == "fork"
         workers = min(GPU_WORKERS, os.cpu_count() or 1) if device.type == "cuda" and forks else 0
+    if workers:
+        multiprocessing.util.Finalize(None, end_workers, exitpriority=0)  # as atexit, but before multiprocessing waits for them
     rank, world = rank_and_world()
     share = batch_size // world
     numbers = (range((step - 1) * batch_size + rank * share, (step - 1) * batch_size + (rank + 1) * share)
@@ -87,6 +90,13 @@ def batches(segments: Segments, batch_size: int, first: int, last: int, workers:
                                          worker_init_fn=leave_signals)
     for batch in loader:
         yield {name: value.to(device, non_blocking=True) if name != "recording" else value for name, value in batch.items()}
+
+
+def end_workers() -> None:
+    """Kill what cuts segments: at its end Python asks them by SIGTERM, which they leave alone, and waits."""
+    for worker in torch.multiprocessing.active_children():
+        if worker.daemon:
+            worker.kill()
 
 
 def leave_signals(_: int) -> None:
@@ -457,6 +467,7 @@ def train(args: argparse.Namespace, data: dict[str, list[Recording]], device: to
 
 def test(run: Path, args: argparse.Namespace, recordings: list[Recording], device: torch.device, log: Any) -> None:
     """Score the best checkpoint on the test split and write results.txt, .json and .csv. Raises OSError."""
+    torch.backends.cudnn.benchmark = False  # the last chunk of each recording has a shape of its own, not worth a search
     path = run / "model-best.pt"
     model = load_checkpoint(path, device)
     rows, heard = evaluate_split(model, recordings)

@@ -83,4 +83,4 @@ audio = 0.1 * torch.randn(2, 16384, device="cuda")
 keys = torch.tensor([-1, 2], device="cuda")
 for part in (augment(audio, 12, 6, 1, 1), shifted_filters(keys + 0.2), transposed(torch.ones(2, 3, 88, device="cuda"), keys)):
     print(part.device.type, bool(torch.isfinite(part).all()))
-""").split() == ["cuda", "True"] * 4
+""").split() == ["cuda", "True"] * 3

@@ -7,7 +7,7 @@ from torch import nn
 from devices import multiplies_bytes
 from int8 import Int8ConvStack, Int8HarmonicStack, in_bytes, in_steps
 from layers import BatchNorm
-from model import ConvStack, HarmonicStack, build_model
+from model import IN_BYTES, ConvStack, HarmonicStack, build_model
 
 needs_bytes = pytest.mark.skipif(not multiplies_bytes(torch.device("cpu")), reason="such a CPU infers in floats")
 BANDS = 23  # odd, and so are its halves
@@ -114,8 +114,7 @@ def test_the_harmonic_stack_computes_what_the_float_stack_computes(harmonic_stac
 def test_transcribers_infer_with_it(monkeypatch, name, stacks, bfloat16):
     used = []
     monkeypatch.setattr("model.autocast", lambda device: torch.autocast("cpu", torch.bfloat16, enabled=bfloat16))
-    for kind in (Int8ConvStack, Int8HarmonicStack):
-        monkeypatch.setattr(f"model.{kind.__name__}", lambda *args, kind=kind: used.append(args) or kind(*args))
+    monkeypatch.setattr("model.IN_BYTES", {kind: lambda *args, made=made: used.append(args) or made(*args) for kind, made in IN_BYTES.items()})
     model = build_model(name).eval()
     model.infer(torch.zeros(5120))
     assert [dtype for _, dtype in used] == [torch.bfloat16 if bfloat16 else torch.float32] * stacks

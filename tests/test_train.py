@@ -550,6 +550,24 @@ def test_ranks_share_the_batch_of_one_process(data_folder, monkeypatch):
     assert not torch.equal(whole[0]["audio"], whole[1]["audio"])
 
 
+def test_an_error_in_a_worker_ends_the_run(data_folder, tmp_path):
+    """Which Python would wait for at its end, for workers leave SIGTERM alone."""
+    script = tmp_path / "broken_worker.py"
+    script.write_text("""
+import sys
+import dataset, train
+
+def cut(*_):
+    raise RuntimeError("no segment")
+
+dataset.Segments.cut = cut
+sys.exit(train.main(sys.argv[1:]))
+""")
+    done = subprocess.run([sys.executable, str(script), *tiny(data_folder, tmp_path / "run", "--num_workers", "2")], cwd=tmp_path,
+                          env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 1 and "no segment" in done.stderr
+
+
 def test_a_batch_that_does_not_divide_is_refused(data_folder, tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("WORLD_SIZE", "3")
     assert train.main(tiny(data_folder, tmp_path / "run")) == 1
