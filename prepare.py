@@ -6,6 +6,7 @@ Every command can be stopped and started again: a recording that was finished is
 import argparse
 import contextlib
 import hashlib
+import json
 import multiprocessing
 import os
 import shutil
@@ -59,23 +60,30 @@ def process_pool(workers: int) -> Iterator[ProcessPoolExecutor]:
     if os.name != "nt":
         context.set_forkserver_preload(["prepare"])
     pool = ProcessPoolExecutor(workers, context, initializer=signal.signal, initargs=(signal.SIGINT, signal.SIG_IGN))
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C: else the processes would outlive this one
     try:
         yield pool
     except BrokenProcessPool as error:
         raise OSError("a process was killed, out of memory? Go on with the same command and fewer --num_workers") from error
     finally:
         pool.shutdown(cancel_futures=True)  # Ctrl-C waits for the recordings at hand and no others
+        signal.signal(signal.SIGTERM, before)
 
 
-def run_jobs(out: Path, jobs: list[tuple[Callable[..., float], tuple, Row]], workers: int) -> int:
+def run_jobs(out: Path, jobs: list[tuple[Callable[..., float], tuple, Row]], workers: int, settings: dict[str, Any] | None = None) -> int:
     """Make the recordings of `jobs` in several processes, write OUT/data.json, and say in one line what came of it.
 
     Args:
         jobs: for each recording a function, its arguments after the audio's and the MIDI's path, and its row; the function
             makes both files and returns the audio's seconds.
+        settings: what else the recordings hang on, such as the size of each SoundFont; kept in OUT/settings.json.
 
     Returns:
         The exit status: 1 if a recording failed. It is named, the others are kept.
+
+    Raises:
+        OSError: the table or the settings cannot be written.
+        ValueError: two recordings would have one name, or the folder holds others or was made with other settings.
     """
     rows, n_kept, n_failed = [], 0, 0
     if len({row["audio_filename"] for _, _, row in jobs}) < len(jobs):
@@ -83,6 +91,12 @@ def run_jobs(out: Path, jobs: list[tuple[Callable[..., float], tuple, Row]], wor
     others = {row["audio_filename"] for row in (read_table(out) if find_table(out) else [])} - {row["audio_filename"] for _, _, row in jobs}
     if others:
         raise ValueError(f"{out}: its table names {len(others)} recordings that this command does not make, such as {min(others)}; choose another folder")
+    if settings:
+        found = json.loads(path.read_text(encoding="utf-8")) if (path := out / "settings.json").is_file() else {}
+        for name, value in settings.items():
+            if found.get(name, value) != value:
+                raise ValueError(f"{out}: was made with another {name} ({found[name]}, not {value}); choose another folder")
+        write_json(path, {**found, **settings})
     with process_pool(workers) as pool:
         results = []
         for function, arguments, row in jobs:
@@ -378,7 +392,7 @@ def make_render(source: Path, out: Path, soundfonts: list[Path], split: str | No
             target = Path(soundfont.stem) / row["midi_filename"]
             files = {"midi_filename": str(target.with_suffix(".midi")), "audio_filename": str(target.with_suffix(".flac"))}
             jobs.append((render_file, (path, soundfont, pedals), {**row, "year": soundfont.stem, **files}))
-    return run_jobs(out, jobs, workers)
+    return run_jobs(out, jobs, workers, {"pedals": pedals, **{soundfont.name: soundfont.stat().st_size for soundfont in soundfonts}})
 
 
 # --- hold out ---

@@ -98,8 +98,9 @@ def test_rendering_in_this_process_first_does_not_hang_the_workers(tmp_path, sma
 
 
 @pytest.mark.skipif(os.name == "nt", reason="a terminal's Ctrl-C is another thing there")
-def test_ctrl_c_waits_for_the_recordings_at_hand_and_says_nothing_of_workers(tmp_path):
-    """A terminal sends it to all processes, the idle one too."""
+@pytest.mark.parametrize("number, to_all", [(signal.SIGINT, True), (signal.SIGTERM, False)])
+def test_ctrl_c_and_sigterm_wait_for_the_recordings_at_hand_and_leave_no_workers(tmp_path, number, to_all):
+    """A terminal sends Ctrl-C to all processes, the idle one too."""
     code = """
 import sys, prepare, slow
 try:
@@ -116,8 +117,8 @@ except KeyboardInterrupt:
     process = subprocess.Popen([sys.executable, "-c", code, str(tmp_path / "done")], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
                                start_new_session=True, env=environment)
     assert "ready\n" in iter(process.stdout.readline, "")  # pyfluidsynth may say first where it found its library
-    os.killpg(process.pid, signal.SIGINT)
-    assert process.communicate(timeout=60)[1] == "interrupted\n" and (tmp_path / "done").exists()
+    (os.killpg if to_all else os.kill)(process.pid, number)
+    assert process.communicate(timeout=60)[1] == "interrupted\n" and (tmp_path / "done").exists()  # all have closed their standard error
 
 
 def test_a_demo_piece_hangs_on_its_seed_alone():
@@ -383,6 +384,21 @@ def test_performances_are_rendered_on_every_soundfont(tmp_path, capsys):
 
 
 @needs_fluidsynth
+def test_a_folder_that_was_rendered_otherwise_is_not_gone_on_with(tmp_path, capsys):
+    write_midi(tmp_path / "midi" / "a.mid", Notes([[0.2, 0.5]], [60], [80]))
+    assert run("render", tmp_path / "midi", tmp_path / "out") == 0
+    before = {path: path.read_bytes() for path in (tmp_path / "out").rglob("*") if path.is_file()}
+    capsys.readouterr()
+    assert run("render", tmp_path / "midi", tmp_path / "out", "--pedals", "none") == 1
+    error = capsys.readouterr().err
+    assert error == f"prepare.py: {tmp_path / 'out'}: was made with another pedals (own, not none); choose another folder\n"
+    assert before == {path: path.read_bytes() for path in (tmp_path / "out").rglob("*") if path.is_file()}
+    shutil.copyfile(default_soundfont(), tmp_path / "Other.sf2")
+    assert run("render", tmp_path / "midi", tmp_path / "out", "--soundfont", default_soundfont(), tmp_path / "Other.sf2") == 0  # a piano more may come
+    assert len(read_table(tmp_path / "out")) == 2
+
+
+@needs_fluidsynth
 def test_without_pedals_notes_end_with_their_keys(tmp_path):
     """In the sound and in the MIDI file beside it; other messages stay."""
     midi = pretty_midi.PrettyMIDI(initial_tempo=97)
@@ -465,7 +481,7 @@ def rendered(monkeypatch) -> list[tuple[str, str, str]]:
     """In place of sound: what `render` plays on which SoundFont for which split."""
     played = []
     monkeypatch.setattr(prepare, "has_fluidsynth", lambda: True)
-    monkeypatch.setattr(prepare, "run_jobs", lambda out, jobs, workers: played.extend(
+    monkeypatch.setattr(prepare, "run_jobs", lambda out, jobs, workers, settings: played.extend(
         (row["audio_filename"], arguments[1].name, row["split"]) for _, arguments, row in jobs) or 0)
     return played
 
