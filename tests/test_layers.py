@@ -94,6 +94,7 @@ def test_batch_norm_is_torchs_own_in_one_process(shape):
                                    nn.LSTM(5, 4, bias=False, batch_first=True, bidirectional=True),
                                    nn.LSTM(5, 4, proj_size=3, batch_first=True, bidirectional=True),
                                    nn.LSTM(5, 4, 2, batch_first=True, bidirectional=True)], ids=repr)
+@pytest.mark.filterwarnings("ignore:LSTM with projections")
 def test_any_recurrent_layer_infers_what_is_long(layer, monkeypatch):
     monkeypatch.setattr(layers, "LONG_FRAMES", 8)
     features = torch.randn(2, 20, 5)
