@@ -22,8 +22,8 @@ BLOCK = 1 << 18        # samples read or written at a time; keeps memory flat, a
 RENDER_RATE = 48000    # FluidSynth acts on events every 64 samples: 1.3 ms here, 4 ms at 16 kHz
 HEADER_SLIP = 1024     # bytes by which a whole file's header may promise too much: some programs count their own chunks in
 NO_SIZES = (0, 0x7FFFF000, 0x7FFFFFFF, 0x80000000, 0xFFFFFFFF)  # bytes; about one of these stands in the header of what a program wrote to a pipe
-INT16 = 32768.0        # int16 samples in a full scale
 NO_LENGTH = 1 << 50    # or more than this, in bytes or samples, where a header has room for it
+INT16 = 32768.0        # int16 samples in a full scale
 TAIL_SECONDS = 2.0     # what rings on after the last note of rendered MIDI
 
 

@@ -1,5 +1,5 @@
 """The convolution stacks in 8-bit integers: for inference on CPUs. The convolutions take little more than half of
-bfloat16's time, and a third of float32's where the CPU multiplies bytes only; the scores stay.
+bfloat16's time, where there is no bfloat16 all of inference takes half to four fifths of float32's, and the scores stay.
 
 Weights are whole multiples of a step, one for each output channel, and so are features, one for each of theirs; products and
 sums are those of whole numbers (Jacob et al., CVPR 2018). How large features get is not measured on music but known from batch norm,

@@ -427,7 +427,7 @@ class Harmonic(Transcriber):
         return said.unflatten(0, (-1, N_KEYS)).transpose(1, 2)
 
 
-IN_BYTES = {ConvStack: Int8ConvStack, HarmonicStack: Int8HarmonicStack}
+IN_BYTES = {ConvStack: Int8ConvStack, HarmonicStack: Int8HarmonicStack}  # what computes the same in 8-bit integers
 MODELS = {"baseline": Baseline, "rnn": RNN, "crnn": CRNN, "onf": OnsetsAndFrames, "harmonic": Harmonic}
 
 
