@@ -21,7 +21,7 @@ from files import written_whole
 BLOCK = 1 << 18        # samples read or written at a time; keeps memory flat, and libsndfile crashes on one long OGG write
 RENDER_RATE = 48000    # FluidSynth acts on events every 64 samples: 1.3 ms here, 4 ms at 16 kHz
 HEADER_SLIP = 1024     # bytes by which a whole file's header may promise too much: some programs count their own chunks in
-NO_SIZES = (0, 0x7FFFF000, 0x7FFFFFFF, 0x80000000, 0xFFFFFFFF)  # bytes; about one of these stands in the header of what a program wrote to a pipe
+NO_SIZES = (0, 0x7FFFF000, 0x7FFFFFFF, 0x80000000, 0xFFFFFFFF)  # bytes; a size near one of these means "not known": programs that write to a pipe put it in the header
 NO_LENGTH = 1 << 50    # or more than this, in bytes or samples, where a header has room for it
 INT16 = 32768.0        # int16 samples in a full scale
 TAIL_SECONDS = 2.0     # what rings on after the last note of rendered MIDI
@@ -84,7 +84,7 @@ def read_blocks(path: Path) -> Iterator[tuple[np.ndarray, int]]:
 
 
 def is_cut_off(path: Path, source: soundfile.SoundFile) -> bool:
-    """Whether a file ends before its end, in a format that libsndfile reads on in silence; the others it checks."""
+    """Whether a file ends too early, in the formats whose missing end libsndfile does not report: OGG, WAV and their like."""
     if source.format == "OGG":  # RFC 3533: the last page carries flag 4, end of stream, and is whole
         with open(path, "rb") as file:
             file.seek(max(0, path.stat().st_size - 65536 - 282))  # no page is longer
@@ -122,8 +122,8 @@ def load_audio(path: str | Path) -> np.ndarray:
     """Read an audio file of any rate, length and channel count.
 
     Memory grows with the result alone: blocks are mixed down and resampled as they are read. It is rounded to 16 bits, like all that
-    models are trained on and evaluated with: below these, silence is another one in an OGG or MP3 file, and is heard otherwise.
-    What goes beyond full scale, as samples in floats may, is made softer as a whole.
+    models are trained and evaluated on: what lies below differs between file formats, and models hear it. A recording that goes
+    beyond full scale, as files of floats may, is made softer as a whole.
 
     Returns:
         (S,) float32 in [-1, 1] at SAMPLE_RATE, the mean of the channels.
@@ -215,14 +215,14 @@ def render_midi(midi: pretty_midi.PrettyMIDI, soundfont: str | Path | None = Non
             raise ValueError(f"{soundfont}: is not a SoundFont that FluidSynth reads")
         if synth.program_select(0, font, 0, 0) == -1:
             raise ValueError(f"{soundfont}: has no piano, which is program 0 of bank 0")
-        events = []  # (seconds, order within a moment, what to do): keys go up before others go down
+        events = []  # (seconds, order within a moment, what to do): the pedal, which catches keys that come up at its moment; keys up before others go down
         for instrument in midi.instruments:
             if not instrument.is_drum:
                 for note in instrument.notes:
                     events.append((note.start, 2, synth.noteon, (0, note.pitch, note.velocity)))
-                    events.append((note.end, 0, synth.noteoff, (0, note.pitch)))
+                    events.append((note.end, 1, synth.noteoff, (0, note.pitch)))
                 for change in instrument.control_changes:
-                    events.append((change.time, 1, synth.cc, (0, change.number, change.value)))
+                    events.append((change.time, 0, synth.cc, (0, change.number, change.value)))
         events.sort(key=lambda event: event[:2])
         events.append((midi.get_end_time() + TAIL_SECONDS, 3, None, ()))
         resampler = soxr.ResampleStream(RENDER_RATE, SAMPLE_RATE, 1, dtype="float32")

@@ -34,7 +34,7 @@ def uniform(low: float, high: float, *shape: int, device: torch.device) -> Tenso
     return low + (high - low) * torch.rand(*shape, device=device)
 
 
-def decibels(db: Tensor) -> Tensor:
+def decibels_to_factor(db: Tensor) -> Tensor:
     """Decibels to a factor of amplitude."""
     return torch.exp(db * (math.log(10) / 20))
 
@@ -57,7 +57,7 @@ def equaliser(batch: int, n: int, most_db: float, device: torch.device) -> Tenso
     """
     octave = (frequencies(n, device) / (SAMPLE_RATE / 2)).log2() + OCTAVE_BANDS - 1        # (F,) of bands; 0 Hz is -inf
     shares = 1 - (octave.clamp(min=0) - torch.arange(OCTAVE_BANDS, device=device)[:, None]).abs()
-    return decibels(uniform(-most_db, most_db, batch, OCTAVE_BANDS, device=device) @ shares.clamp(min=0))  # (B, 9) @ (9, F)
+    return decibels_to_factor(uniform(-most_db, most_db, batch, OCTAVE_BANDS, device=device) @ shares.clamp(min=0))  # (B, 9) @ (9, F)
 
 
 def room(batch: int, n: int, probability: float, device: torch.device) -> Tensor:
@@ -70,12 +70,12 @@ def room(batch: int, n: int, probability: float, device: torch.device) -> Tensor
     longest = torch.exp(uniform(*map(math.log, REVERB_SECONDS), batch, device=device))
     seconds = torch.stack([longest, longest * uniform(*DAMPING, batch, device=device)], dim=1)[..., None]        # (B, 2, 1)
     time = torch.arange(1, REVERB_SAMPLES + 1, device=device) / SAMPLE_RATE
-    tails = torch.randn(batch, 2, REVERB_SAMPLES, device=device) * decibels(-60 * time / seconds)
+    tails = torch.randn(batch, 2, REVERB_SAMPLES, device=device) * decibels_to_factor(-60 * time / seconds)
     low, high = torch.fft.rfft(torch.nn.functional.pad(tails, (1, 0)), n).unbind(1)                              # (B, F) each
     share = 1 / (1 + (frequencies(n, device) / CROSSOVER) ** 4)                             # of the low tail's power
     tail = low * share.sqrt() + high * (1 - share).sqrt()
     tail = tail / tail.abs().square().mean(dim=1, keepdim=True).sqrt()                                           # of energy 1
-    amount = decibels(-uniform(*DIRECT_DB, batch, 1, device=device)) * (torch.rand(batch, 1, device=device) < probability)
+    amount = decibels_to_factor(-uniform(*DIRECT_DB, batch, 1, device=device)) * (torch.rand(batch, 1, device=device) < probability)
     travel = (amount * CRITICAL_DISTANCE / SPEED_OF_SOUND * SAMPLE_RATE).round()  # (B, 1) samples
     phase = -2 * math.pi / SAMPLE_RATE * travel * frequencies(n, device)                                         # (B, F)
     return (1 + amount * tail) / (1 + amount.square()).sqrt() * torch.polar(torch.ones_like(phase), phase)  # exp is slower
@@ -91,7 +91,7 @@ def noise(spectrum: Tensor, n: int, samples: int, probability: float) -> Tensor:
     slope = uniform(*NOISE_SLOPE, batch, 1, device=device)
     made = torch.randn_like(spectrum) * frequencies(n, device).clamp(min=NOISE_FLAT) ** (-slope / 2)
     signal_power, noise_power = ((x.abs().square().sum(dim=1, keepdim=True)) for x in (spectrum, made))
-    level = decibels(-uniform(*SNR_DB, batch, 1, device=device)) * (torch.rand(batch, 1, device=device) < probability)
+    level = decibels_to_factor(-uniform(*SNR_DB, batch, 1, device=device)) * (torch.rand(batch, 1, device=device) < probability)
     return made * level * (signal_power / noise_power * (n / samples)).sqrt()
 
 
@@ -119,10 +119,10 @@ def augment(audio: Tensor, gain_db: float, equalise_db: float, room_probability:
         if noise_probability:
             spectrum = spectrum + noise(spectrum, n, samples, noise_probability)
         audio = torch.fft.irfft(spectrum, n)[:, :samples]                                               # (B, F) -> (B, S)
-    return audio * decibels(-uniform(0, gain_db, batch, 1, device=audio.device)) if gain_db else audio
+    return audio * decibels_to_factor(-uniform(0, gain_db, batch, 1, device=audio.device)) if gain_db else audio
 
 
-def mel_of(hertz: Tensor) -> Tensor:
+def hertz_to_mel(hertz: Tensor) -> Tensor:
     """HTK's mel scale, that of the spectrogram's filters."""
     return 2595 * torch.log10(1 + hertz / 700)
 
@@ -134,7 +134,7 @@ def shifted_filters(semitones: Tensor) -> Tensor:
     f * 2 ** (semitones / 12). Hawthorne et al. 2019 detune by up to 0.1 semitones, Transkun by 0.2; whole semitones are ours.
     """
     device = semitones.device
-    corners = torch.linspace(*mel_of(torch.tensor([F_MIN, F_MAX], dtype=torch.float64)).tolist(), N_MELS + 2, device=device)
+    corners = torch.linspace(*hertz_to_mel(torch.tensor([F_MIN, F_MAX], dtype=torch.float64)).tolist(), N_MELS + 2, device=device)
     corners = 700 * (10 ** (corners / 2595) - 1)                                                        # (M + 2,) Hz
     heard = frequencies(N_FFT, device) * 2 ** (semitones[:, None] / 12)                                 # (B, F)
     slopes = (heard[..., None] - corners[:-1]) / corners.diff()                                         # (B, F, M + 1)

@@ -16,10 +16,10 @@ class Help(argparse.ArgumentDefaultsHelpFormatter):
         return action.help if action.default is None or isinstance(action.default, (bool, list)) and not action.default else super()._get_help_string(action)
 
 
-def positive(kind: type, or_zero: bool = False) -> Callable[[str], Any]:
+def positive(kind: type, or_zero: bool = False, below: float = math.inf) -> Callable[[str], Any]:
     """What argparse shall make of a flag's text: a positive int or float, or zero too."""
     def parse(text: str) -> Any:
-        if not (0 < (value := kind(text)) < math.inf or or_zero and value == 0):
+        if not (0 < (value := kind(text)) < below or or_zero and value == 0):
             raise ValueError
         return value
     parse.__name__ = f"{'non-negative' if or_zero else 'positive'} {kind.__name__}"

@@ -45,7 +45,7 @@ class Recording:
         return len(self.audio) // HOP_SIZE  # a shorter rest at the end belongs to no frame
 
     def until(self, seconds: float) -> "Recording":
-        """The beginning of it."""
+        """Its first `seconds`."""
         return replace(self, audio=self.audio[: round(seconds * SAMPLE_RATE)], notes=self.notes.until(seconds))
 
     def to_float(self) -> Tensor:

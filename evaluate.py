@@ -63,7 +63,7 @@ def extract_notes(onset: np.ndarray, frame: np.ndarray, onset_threshold: float =
     struck, sounds = struck.ravel(), sounds.ravel()
     starts = np.flatnonzero(struck & ~np.roll(struck, 1))
     keys, first = np.divmod(starts, n_frames + 1)
-    limits = np.append(starts[1:], struck.size)  # of each note the next strike, if only of another key
+    limits = np.append(starts[1:], struck.size)  # where each note ends at the latest: at the next strike, if only of another key
     if onset_target == "one":
         last = first + stops_of(sounds, starts, limits) - 1 - starts
     else:
@@ -163,14 +163,14 @@ def predict(model: Transcriber, recordings: list[Recording]) -> Iterator[tuple[n
         yield tuple(logit.numpy() for logit in model.infer(recording.to_float()))
 
 
-def probability(logit: np.ndarray) -> np.ndarray:
+def logit_to_prob(logit: np.ndarray) -> np.ndarray:
     """The sigmoid."""
     return 0.5 * (1 + np.tanh(0.5 * logit))
 
 
 def estimated_notes(logits: tuple[np.ndarray, np.ndarray], thresholds: dict[str, float], onset_target: str) -> Notes:
     """The notes in frame and onset logits, (T, 88) each; a model's `thresholds`, and the `onset_target` of its recipe."""
-    frame, onset = (probability(logit) for logit in logits)
+    frame, onset = (logit_to_prob(logit) for logit in logits)
     return extract_notes(onset, frame, thresholds["onset"], thresholds["frame"], onset_target)
 
 
@@ -195,16 +195,16 @@ def score(recording: Recording, logits: tuple[np.ndarray, np.ndarray], threshold
     bce = torch.nn.functional.binary_cross_entropy_with_logits
     losses = {f"metric/loss/{name}_loss": float(bce(torch.from_numpy(logit), torch.from_numpy(roll).float()))
               for name, logit, roll in (("frame", frame_logit, frame_roll), ("onset", onset_logit, target))}
-    return {**losses, **roll_metrics("frame", frame_roll > 0, probability(frame_logit) >= thresholds["frame"]),
+    return {**losses, **roll_metrics("frame", frame_roll > 0, logit_to_prob(frame_logit) >= thresholds["frame"]),
             **roll_metrics("notes", frame_roll > 0, notes_to_rolls(est, n_frames)[1] > 0),
-            **roll_metrics("onset", target > 0, probability(onset_logit) >= thresholds["onset"]), **note_metrics(ref, est)}
+            **roll_metrics("onset", target > 0, logit_to_prob(onset_logit) >= thresholds["onset"]), **note_metrics(ref, est)}
 
 
 def tune_thresholds(recordings: list[Recording], logits: list[tuple[np.ndarray, np.ndarray]], onset_target: str) -> dict[str, float]:
     """The onset threshold with the best mean note F1, then the frame threshold with the best mean of frame F1 and
     note-with-offsets F1, for both rest on it; of THRESHOLDS."""
     best = {"onset": 0.5, "frame": 0.5}
-    rolls = [(notes_to_rolls(recording.notes, len(frame))[1] > 0, probability(frame), probability(onset))
+    rolls = [(notes_to_rolls(recording.notes, len(frame))[1] > 0, logit_to_prob(frame), logit_to_prob(onset))
              for recording, (frame, onset) in zip(recordings, logits)]
     for head, name in (("onset", "note"), ("frame", "note-with-offsets")):
         means = []

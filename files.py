@@ -35,5 +35,5 @@ def written_whole(path: str | Path) -> Iterator[Path]:
 def write_json(path: str | Path, content: Any) -> None:
     """Write plain data as JSON, whole or not at all; raises OSError."""
     with written_whole(path) as temporary:
-        # what no Unicode is in a file's name becomes an escape of JSON's own
+        # bytes of a file's name that are not Unicode become JSON's own \udcXX escapes
         temporary.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n", encoding="utf-8", errors="backslashreplace")

@@ -14,7 +14,7 @@ from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from layers import pairs
 
-RANGE = 24.0   # standard deviations over its mean up to which a feature is told: those of onsets are rare and far from the rest
+RANGE = 24.0   # standard deviations above its mean at which a feature saturates: those of onsets are rare and far from the rest
 LARGEST = 255  # of an unsigned byte
 HALF = 127     # of features that are added, whose sum is a byte too; so these are told half as far
 SMALLEST_STEP = 1e-5  # of a channel that batch norm keeps below zero

@@ -85,7 +85,7 @@ class Dropout(nn.Module):
         self.p = round(256 * p) / 256
 
     def forward(self, x: Tensor) -> Tensor:
-        return x * self.factors(torch.empty_like(x)) if self.training and self.p else x
+        return x * self.factors(torch.empty_like(x)) if self.training else x
 
     def factors(self, out: Tensor) -> Tensor:
         """Fill `out`, dense in any memory layout, with what features are multiplied by: 0, or 1 / (1 - p)."""
@@ -110,7 +110,7 @@ class PoolRectifyDrop(Dropout):
         if not self.training:
             return torch.maximum(*pairs(x)).relu_()
         half = torch.empty_like(x[..., : x.shape[3] // 2])
-        return PooledRectifiedDropped.apply(x, self.factors(half) if self.p else torch.ones_like(half), 1 / (1 - self.p))
+        return PooledRectifiedDropped.apply(x, self.factors(half), 1 / (1 - self.p))
 
 
 def pairs(x: Tensor) -> tuple[Tensor, Tensor]:

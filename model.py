@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 import constants
-from augment import mel_of, shifted_filters
+from augment import hertz_to_mel, shifted_filters
 from constants import F_MAX, F_MIN, HOP_SIZE, MIN_MIDI, N_FFT, N_KEYS, N_MELS, SAMPLE_RATE
 from devices import autocast, multiplies_bytes
 from files import written_whole
@@ -31,7 +31,7 @@ from recipe import RECIPES, Recipe
 # Base rates per frame and key (of onsets, as many as there are strikes), from MAESTRO v2: 7.13 M notes in 201.2 h; keys sound in about 3 % of all places.
 ONSET_RATE = 0.0036
 FRAME_RATE = 0.03
-# what the model `harmonic` reads of a key, half of it to tell octaves apart, and semitones beside each; a checkpoint holds for these alone
+# where the model `harmonic` reads a key: at these multiples of its frequency (half of it tells octaves apart) and PLACES semitones beside each; checkpoints depend on them
 HARMONICS = (0.5, 1.0, 2.0, 3.0, 4.0, 5.0, 6.0, 7.0, 8.0, 10.0, 12.0, 15.0)
 PLACES = (-1 / 3, 0.0, 1 / 3)
 AROUND = 24         # semitones to either side in which it hears what other keys do
@@ -41,7 +41,7 @@ RELEASED = Path(__file__).parent / "runs" / "released" / "harmonic.pt"  # which 
 LEVEL_RATE = 0.01   # weight of the latest batch in the level that training hears
 COLOUR_BANDS = 8    # mel bands over which a recording's colour is smoothed, a third of an octave at 440 Hz
 COLOUR_SECONDS = 60  # of a recording, that count as much for its colour as all training
-CHUNK_FRAMES = 352  # frames convolved at a time in a long recording, 11 s, and twice as many on a CPU: big enough to be fast, flat in memory
+CHUNK_FRAMES = 352  # frames convolved at a time, 11 s: big enough to be fast, small enough for flat memory; a CPU has two such chunks at work at once
 
 
 @dataclass(frozen=True)
@@ -329,8 +329,8 @@ def harmonic_filters() -> Tensor:
     """(M, K, C) weights that read a mel spectrogram at the harmonics of each key, C = HARMONICS x PLACES; between bands linearly."""
     keys = torch.arange(N_KEYS)[:, None, None] + torch.tensor(PLACES)                                # (K, 1, P) semitones above the lowest
     hertz = 440 * 2 ** ((keys + MIN_MIDI - 69) / 12) * torch.tensor(HARMONICS)[:, None]              # (K, H, P)
-    low, high = mel_of(torch.tensor([F_MIN, F_MAX]))
-    place = ((mel_of(hertz) - low) / (high - low) * (N_MELS + 1) - 1).flatten(1)                     # (K, C) among the filters' centres
+    low, high = hertz_to_mel(torch.tensor([F_MIN, F_MAX]))
+    place = ((hertz_to_mel(hertz) - low) / (high - low) * (N_MELS + 1) - 1).flatten(1)                     # (K, C) among the filters' centres
     inside = (place > -0.5) & (place < N_MELS - 1)  # half a band below the first counts as that; elsewhere there is nothing, 0
     near = 1 - (place.clamp(min=0) - torch.arange(N_MELS)[:, None, None]).abs()                      # (M, K, C)
     return near.clamp(min=0) * inside

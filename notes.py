@@ -196,6 +196,8 @@ def write_midi(path: str | Path, notes: Notes) -> None:
     for name, values in (("pitches", notes.pitches), ("velocities", notes.velocities)):
         if (values & ~127).any():
             raise ValueError(f"{path}: {name} in MIDI are 0 to 127")
+    if not (notes.intervals >= 0).all():
+        raise ValueError(f"{path}: a note would begin or end before 0 s, or when is not a number")
     notes = hold_with_pedal(notes, [], 0.0)
     resolution = ticks_per_beat(notes)
     ticks = np.round(notes.intervals * (2 * resolution)).astype(np.int64)  # 120 BPM

@@ -34,7 +34,7 @@ from notes import SUSTAIN_PEDAL, Notes, keys_of, notes_to_midi, open_midi, read_
 DEMO_SECONDS = 30
 DEMO_COUNTS = {"train": 10, "validation": 3, "test": 3}
 MAPS_TEST_PIANOS = ("ENSTDkAm", "ENSTDkCl")  # the Disklavier, near and far: test in Hawthorne et al. 2018
-HELD_OUT = 10           # one composition in this many is validation, where a source has no split of its own
+HELD_OUT = 10           # one composition in this many is validation, and of what is rendered another test, where a source has no split of its own
 MATCH_SECONDS = 0.05    # as far apart a MAPS note list and its MIDI file may put one note
 PEDALS = (SUSTAIN_PEDAL, 66, 67)  # and sostenuto and soft pedal: controllers of MIDI 1.0
 CHORD_SECONDS = 0.05    # strikes so close are of one chord
@@ -45,7 +45,7 @@ Row = dict[str, Any]
 
 
 def rank_of(text: str) -> str:
-    """A fixed pseudo-random order of names that no other name's presence disturbs."""
+    """A hash to sort names by: a pseudo-random order that is always the same, whichever other names there are."""
     return hashlib.sha1(os.fsencode(text)).hexdigest()
 
 
@@ -76,7 +76,7 @@ def run_jobs(out: Path, jobs: list[tuple[Callable[..., float], tuple, Row]], wor
     Args:
         jobs: for each recording a function, its arguments after the audio's and the MIDI's path, and its row; the function
             makes both files and returns the audio's seconds.
-        settings: what else the recordings hang on, such as the size of each SoundFont; kept in OUT/settings.json.
+        settings: what else the recordings depend on, such as the size of each SoundFont; kept in OUT/settings.json.
 
     Returns:
         The exit status: 1 if a recording failed. It is named, the others are kept.
@@ -88,11 +88,13 @@ def run_jobs(out: Path, jobs: list[tuple[Callable[..., float], tuple, Row]], wor
     rows, n_kept, n_failed = [], 0, 0
     if len({row["audio_filename"] for _, _, row in jobs}) < len(jobs):
         raise ValueError(f"{out}: two recordings would have one name; rename one of the sources")
-    others = {row["audio_filename"] for row in (read_table(out) if find_table(out) else [])} - {row["audio_filename"] for _, _, row in jobs}
-    if others:
-        raise ValueError(f"{out}: its table names {len(others)} recordings that this command does not make, such as {min(others)}; choose another folder")
+    check_holds_only(out, [row for _, _, row in jobs])
     if settings:
-        found = json.loads(path.read_text(encoding="utf-8")) if (path := out / "settings.json").is_file() else {}
+        path = out / "settings.json"
+        try:
+            found = dict(json.loads(path.read_text(encoding="utf-8"))) if path.is_file() else {}
+        except (OSError, ValueError, TypeError) as error:
+            raise ValueError(f"{path}: cannot be read ({error}); delete it or choose another folder") from error
         for name, value in settings.items():
             if found.get(name, value) != value:
                 raise ValueError(f"{out}: was made with another {name} ({found[name]}, not {value}); choose another folder")
@@ -116,6 +118,13 @@ def run_jobs(out: Path, jobs: list[tuple[Callable[..., float], tuple, Row]], wor
     print(f"{out}: {len(rows)} recordings ({', '.join(f'{counts[split]} {split}' for split in SPLITS)}), "
           f"{sum(row['duration'] for row in rows) / 60:.1f} minutes; {n_kept} were there, {n_failed} failed")
     return 1 if n_failed or not rows else 0
+
+
+def check_holds_only(out: Path, rows: list[Row]) -> None:
+    """Raise ValueError if a folder is to be made where there is one with other recordings than those of `rows`."""
+    others = {row["midi_filename"] for row in (read_table(out) if find_table(out) else [])} - {row["midi_filename"] for row in rows}
+    if others:
+        raise ValueError(f"{out}: its table names {len(others)} recordings that this command does not make, such as {min(others)}; choose another folder")
 
 
 def seconds_of(audio: Path) -> float:
@@ -228,7 +237,7 @@ def make_maestro(source: Path, out: Path, counts: dict[str, int] | None, workers
     for row in rows:
         target = {**row, "audio_filename": str(Path(row["audio_filename"]).with_suffix(".flac"))}
         jobs.append((convert_maestro, (source, row), target))
-    print(f"choice {rank_of(' '.join(sorted(row['midi_filename'] for row in rows)))[:12]} of {len(rows)} recordings")
+    print(f"{len(rows)} recordings chosen; a choice of the same has the fingerprint {rank_of(' '.join(sorted(row['midi_filename'] for row in rows)))[:12]}")
     return run_jobs(out, jobs, workers)
 
 
@@ -256,11 +265,10 @@ def read_maps_list(path: Path, midi: Path) -> Notes:
     if table.shape[1:] != (3,):
         raise ValueError(f"{path}: is not a MAPS note list of three columns")
     played = read_midi(midi)
-    velocities = []
+    velocities, known = [], np.append(played.velocities, NO_VELOCITY)  # the last where no note is near
     for onset, _, pitch in table:
         apart = np.where(played.pitches == pitch, np.abs(played.intervals[:, 0] - onset), np.inf)
-        near = int(np.argmin(apart)) if len(apart) else 0
-        velocities.append(played.velocities[near] if len(apart) and apart[near] <= MATCH_SECONDS else NO_VELOCITY)
+        velocities.append(known[np.argmin(np.append(apart, MATCH_SECONDS))])
     keep = table[:, 1] > table[:, 0]
     return Notes(table[keep, :2], table[keep, 2], np.array(velocities)[keep])
 
@@ -298,7 +306,7 @@ def make_maps(source: Path, out: Path, workers: int) -> int:
 # --- render ---
 
 def legato_pedal(onsets: np.ndarray, end: float, random: np.random.Generator) -> list[tuple[float, int]]:
-    """A sustain pedal made up for strikes at `onsets` (N,) in seconds: (seconds, CC64 value), before `end` and a little after.
+    """A sustain pedal made up for strikes at `onsets` (N,) in seconds: (seconds, CC64 value); the last may come up to 15 s after `end`.
 
     In three of four passages of 3 to 15 s it goes up with a chord and down again before the next, every second or so, as
     pianists hold harmonies (legato pedalling).
@@ -350,7 +358,7 @@ def render_file(audio: Path, midi: Path, source: Path, soundfont: Path, pedals: 
     return seconds_of(audio)
 
 
-def performances_of(source: Path, split: str | None) -> list[tuple[Path, Row]]:
+def performances_of(source: Path, out: Path, split: str | None) -> list[tuple[Path, Row]]:
     """What there is to render: MIDI files, and each one's row but for what the SoundFont decides.
 
     A data folder's performances keep their splits, `split` takes those of one; what several pianos play there from the
@@ -368,7 +376,7 @@ def performances_of(source: Path, split: str | None) -> list[tuple[Path, Row]]:
         contents = [path.read_bytes() if path.is_file() else b"" for path in paths]  # a missing one is named when its turn comes
         return [(path, row) for number, (path, row) in enumerate(zip(paths, rows)) if not contents[number] or contents[number] not in contents[:number]]
     performances = []
-    for path in sorted(path for path in source.glob("**/*") if path.suffix.lower() in (".mid", ".midi")):
+    for path in sorted(path for path in source.glob("**/*") if path.suffix.lower() in (".mid", ".midi") and out.resolve() not in path.resolve().parents):
         name = path.relative_to(source)
         piece = str(name.parent) if len(name.parts) > 1 else name.stem
         place = {0: "validation", 1: "test"}.get(int(rank_of(piece), 16) % HELD_OUT, "train")
@@ -382,7 +390,7 @@ def make_render(source: Path, out: Path, soundfonts: list[Path], split: str | No
     """Every MIDI performance of a folder, played on every SoundFont; or, dealt, on one of them in turn; `pedals` as for `render_file`."""
     if not has_fluidsynth():
         raise ValueError("libfluidsynth is missing: apt-get install fluidsynth")
-    performances = performances_of(source, split)
+    performances = performances_of(source, out, split)
     for soundfont in soundfonts:
         if not soundfont.is_file():
             raise OSError(f"{soundfont}: no such SoundFont")
@@ -405,7 +413,8 @@ def hold_out(source: Path, out: Path, pianos: list[str]) -> int:
     whatever their piano. Both hold links to the source's files, or copies where there can be no links.
 
     Raises:
-        OSError, ValueError: as read_table does; a file is missing; there is no such piano, or nothing of it is left.
+        OSError, ValueError: as read_table does; a file is missing; there is no such piano, or nothing of it is left; one of the two
+            folders is there and holds other recordings.
     """
     rows = read_table(source)
     piano_of = {row["audio_filename"]: Path(row["audio_filename"]).parts[0] for row in rows if row["split"] in ("train", "validation")}
@@ -423,6 +432,7 @@ def hold_out(source: Path, out: Path, pianos: list[str]) -> int:
     for folder in folders:
         if folder.resolve() == source.resolve():
             raise ValueError(f"{folder}: is the source itself, choose another folder")
+        check_holds_only(folder, rows)
     for folder, some in folders.items():
         linked = []
         for row in some:
@@ -502,12 +512,16 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         return sub
 
     out = ("out", "the data folder to make")
-    command("demo", "a small set of generated pieces, rendered on the spot", out)
+    demo = command("demo", "a small set of generated pieces, rendered on the spot", out)
+    demo.set_defaults(work=lambda args: make_demo(args.out, args.num_workers))
     maestro = command("maestro", "the course's subset of an official MAESTRO download", ("source", "the unpacked download"), out)
     for split, number in (("train", 100), ("validation", 20), ("test", 50)):
         maestro.add_argument(f"--{split}", type=positive(int), default=number, help=f"recordings of the {split} split")
     maestro.add_argument("--all", action="store_true", help="the whole set")
-    command("maps", "the MAPS database, ENSTDkAm and ENSTDkCl as test", ("source", "the folder with the pianos' folders"), out)
+    maestro.set_defaults(work=lambda args: make_maestro(
+        args.source, args.out, None if args.all else {split: getattr(args, split) for split in SPLITS}, args.num_workers))
+    maps = command("maps", "the MAPS database, ENSTDkAm and ENSTDkCl as test", ("source", "the folder with the pianos' folders"), out)
+    maps.set_defaults(work=lambda args: make_maps(args.source, args.out, args.num_workers))
     render = command("render", "MIDI performances, played on SoundFonts", ("source", "a folder of MIDI files, or a data folder"), out)
     render.add_argument("--soundfont", type=Path, nargs="+", default=[default_soundfont()], help="each plays everything")
     render.add_argument("--deal", action="store_true", help="each performance is played on one of the SoundFonts, in turn")
@@ -515,32 +529,19 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
                         "with its key; or a made-up sustain pedal that is heard and not in the new MIDI file, as in MAPS")
     render.add_argument("--split", choices=SPLITS, help="put all into this split; of a data folder, take this split; "
                         "by default one piece in ten is validation, one test, and a data folder keeps its splits")
+    render.set_defaults(work=lambda args: make_render(args.source, args.out, args.soundfont, args.split, args.deal, args.pedals, args.num_workers))
     hold = command("hold-out", "a data folder parted by piano: OUT/rest to train on, OUT/unseen to validate on pianos it has not heard",
                    ("source", "a data folder"), ("out", "the folder to make the two in"), workers=False)
-    hold.add_argument("--piano", nargs="+", required=True, default=argparse.SUPPRESS, help="what the audio names of these pianos begin with: their folders")
-    command("check", "read everything and name what is bad", ("folder", "a data folder"))
+    hold.add_argument("--piano", nargs="+", required=True, default=argparse.SUPPRESS, help="the pianos to hold out, by the folders of their audio files")
+    hold.set_defaults(work=lambda args: hold_out(args.source, args.out, args.piano))
+    command("check", "read everything and name what is bad", ("folder", "a data folder")).set_defaults(
+        work=lambda args: check(args.folder, args.num_workers))
     return parser.parse_args(argv)
-
-
-def run(args: argparse.Namespace) -> int:
-    """Make or check the data folder that the command line names. Returns the exit status; raises OSError and ValueError."""
-    if args.command == "demo":
-        return make_demo(args.out, args.num_workers)
-    if args.command == "maestro":
-        counts = None if args.all else {split: getattr(args, split) for split in SPLITS}
-        return make_maestro(args.source, args.out, counts, args.num_workers)
-    if args.command == "maps":
-        return make_maps(args.source, args.out, args.num_workers)
-    if args.command == "render":
-        return make_render(args.source, args.out, args.soundfont, args.split, args.deal, args.pedals, args.num_workers)
-    if args.command == "hold-out":
-        return hold_out(args.source, args.out, args.piano)
-    return check(args.folder, args.num_workers)
 
 
 def main(argv: list[str] | None = None) -> int:
     args = parse_args(argv)
-    return exit_status_of("prepare.py", lambda: run(args), "the same command goes on", OSError, ValueError)
+    return exit_status_of("prepare.py", lambda: args.work(args), "the same command goes on", OSError, ValueError)
 
 
 if __name__ == "__main__":

@@ -69,6 +69,6 @@ def parse_recipe(text: str) -> Recipe:
             if isinstance(values[entry], (int, float)) and not 0 <= values[entry] < math.inf:
                 raise ValueError
         except (KeyError, ValueError):
-            wanted = {bool: "True or False", int: "a whole number from 0 on", float: "a number from 0 on"}.get(kinds[entry], kinds[entry].__name__)
+            wanted = {bool: "True or False", int: "a whole number from 0 on", float: "a number from 0 on"}[kinds[entry]]
             raise ValueError(f"{entry} is {wanted}, not {value!r}") from None
     return dataclasses.replace(RECIPES[name], **values)

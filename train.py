@@ -46,7 +46,7 @@ from notes import write_midi
 from recipe import RECIPES, Recipe, parse_recipe
 
 MAX_NORM = 3.0           # of the gradient; Hawthorne et al. 2018
-WARM_UP = 100            # steps until the learning rate is at its peak
+WARM_UP = 100            # steps until the learning rate is at its peak; of a short run a tenth
 GPU_WORKERS = 4          # processes at most that cut segments for a GPU
 VALIDATION_SECONDS = 60  # of each validation recording, so that a whole MAESTRO does not stall training
 REPORTED = ("metric/loss/frame_loss", "metric/loss/onset_loss", "metric/frame/frame_f1", "metric/frame/onset_f1",
@@ -54,6 +54,7 @@ REPORTED = ("metric/loss/frame_loss", "metric/loss/onset_loss", "metric/frame/fr
 CHOSEN_BY = ("metric/note/f1", "metric/note-with-offsets/f1")  # their mean: offsets still improve where notes alone only vary
 DEBUG = {"iterations": 150, "batch_size": 8, "sequence_length": 51200, "validation_interval": 50, "learning_rate": 2e-3}
 DEBUG_RECORDINGS = 10
+# flags that a resumed run cannot change
 FIXED = ("model", "recipe", "sequence_length", "batch_size", "learning_rate", "weight_decay", "cnn_unit", "fc_unit", "seed")
 
 
@@ -164,12 +165,8 @@ def training_step(model: nn.Module, recipe: Recipe, optimizer: torch.optim.Optim
 
 def any_rank(*flags: bool) -> list[bool]:
     """Whether each flag is up in any rank, so that all leave the loop together."""
-    if rank_and_world()[1] == 1:
-        return list(flags)
-    device = "cuda" if dist.get_backend() == "nccl" else "cpu"
-    raised = torch.tensor(flags, dtype=torch.int32, device=device)
-    dist.all_reduce(raised, dist.ReduceOp.MAX)
-    return [bool(flag) for flag in raised]
+    device = "cuda" if dist.is_initialized() and dist.get_backend() == "nccl" else "cpu"
+    return (mean_over_ranks(torch.tensor(flags, dtype=torch.float32, device=device)) > 0).tolist()
 
 
 def begin_with(model: Transcriber, path: Path) -> tuple[list[str], list[str]]:
@@ -207,12 +204,10 @@ def best_beside(resumed: Path, state: dict[str, Any]) -> Path:
 
 def validate(model: Transcriber, recordings: list[Recording]) -> dict[str, float]:
     """Mean validation metrics; where the recipe says so, the model's thresholds are tuned on the same recordings first."""
-    model.eval()
     logits = list(predict(model, recordings))
     if model.recipe.tune_thresholds:
         model.thresholds = tune_thresholds(recordings, logits, model.recipe.onset_target)
     rows = [score(recording, logit, model.thresholds, model.recipe.onset_target) for recording, logit in zip(recordings, logits)]
-    model.train()
     return {name: mean for name, (mean, _) in summarise(rows).items()}
 
 
@@ -233,7 +228,7 @@ class StopRequest:
             signal.signal(number, handler)
 
 
-def build_parser(**defaults: Any) -> argparse.ArgumentParser:
+def build_parser() -> argparse.ArgumentParser:
     def frames(text: str) -> int:
         if (samples := int(text)) < HOP_SIZE or samples % HOP_SIZE:
             raise argparse.ArgumentTypeError(f"{samples} samples are not whole frames of {HOP_SIZE}")
@@ -266,22 +261,14 @@ def build_parser(**defaults: Any) -> argparse.ArgumentParser:
     add("--fc_unit", "-fc", type=positive(int), default=Sizes.fc_unit, help="features of a frame after the convolutions")
     add("--weights", type=Path, metavar="CKPT", help="begin with the weights of this checkpoint where they fit, to adapt it or to enlarge it; "
         "for the same run again there is --resume")
-    add("--seed", type=positive(int, or_zero=True), default=0, help="of weights, segments and dropout")
+    add("--seed", type=positive(int, or_zero=True, below=2**63), default=0, help="of weights, segments and dropout")
     add("--logdir", type=Path, help="run folder; by default runs/exp_ and the time, or the resumed run's")
     add("--save_midi", action="store_true", help="write what is heard in the test recordings as MIDI files")
     add("--resume", type=Path, metavar="CKPT", help="go on from this checkpoint as if never stopped")
     add("--debug", action="store_true", help="the whole path at toy size in about three minutes; makes the demo data if there is none")
     add("--num_workers", type=positive(int, or_zero=True), help=f"processes that cut segments ahead; they change no result; by default {GPU_WORKERS} beside a GPU, else none")
     add("--device", default="auto", help="auto, cpu, cuda or mps")
-    parser.set_defaults(**defaults)
     return parser
-
-
-def typed_flags(argv: list[str] | None) -> dict[str, Any]:
-    """Only the flags that were typed."""
-    parser = build_parser()
-    untyped = argparse.Namespace(**dict.fromkeys(vars(parser.parse_args(argv))))  # nothing but None, which no default replaces
-    return {name: value for name, value in vars(parser.parse_args(argv, untyped)).items() if value is not None}
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
@@ -290,7 +277,10 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     Raises:
         OSError, ValueError: the checkpoint to resume cannot be read, or a typed flag contradicts it.
     """
-    typed = typed_flags(argv)
+    parser = build_parser()
+    defaults = vars(parser.parse_args([]))
+    untyped = argparse.Namespace(**dict.fromkeys(defaults))  # nothing but None, which no default replaces
+    typed = {name: value for name, value in vars(parser.parse_args(argv, untyped)).items() if value is not None}
     if "resume" in typed:
         state = read_checkpoint(typed["resume"])
         if not {"optimizer", "arguments"} <= state.keys():
@@ -300,12 +290,12 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         for name in FIXED:
             if name in typed and typed[name] != state["arguments"][name]:
                 raise ValueError(f"--{name} {typed[name]}: the resumed run has {state['arguments'][name]}, start a new run to change it")
-        args = build_parser(**state["arguments"]).parse_args(argv)
+        args = argparse.Namespace(**{**defaults, **state["arguments"], **typed})
         args.logdir = typed.get("logdir", typed["resume"].parent)
         args.state = state
     else:
-        debug = {name: value for name, value in DEBUG.items() if f",{name}=" not in typed.get("recipe", "")}
-        args = build_parser(**(debug if typed.get("debug") else {})).parse_args(argv)
+        debug = {name: value for name, value in DEBUG.items() if "debug" in typed and f",{name}=" not in typed.get("recipe", "")}
+        args = argparse.Namespace(**{**defaults, **debug, **typed})
         args.learning_rate = args.learning_rate or parse_recipe(args.recipe).learning_rate
         args.state = None
     resumed = args.state is not None and args.logdir.resolve() == typed["resume"].parent.resolve()
@@ -345,11 +335,9 @@ def new_run_folder() -> Path:
     name = datetime.datetime.now().strftime("exp_%y%m%d-%H%M%S")
     for number in itertools.count(1):
         run = Path("runs") / (name if number == 1 else f"{name}-{number}")
-        try:
+        with contextlib.suppress(FileExistsError):
             run.mkdir()
             return run
-        except FileExistsError:
-            continue
 
 
 def train(args: argparse.Namespace, data: dict[str, list[Recording]], device: torch.device) -> int:
@@ -373,7 +361,7 @@ def train(args: argparse.Namespace, data: dict[str, list[Recording]], device: to
         for group, peak in zip(optimizer.param_groups, schedule.base_lrs):  # other --iterations than before give another rate from the first step on
             group["lr"] = peak * learning_rate_factor(recipe, args.iterations, args.state["step"])
         first = args.state["step"] + 1
-        if args.data == args.state["arguments"]["data"]:
+        if [os.path.abspath(folder) for folder in args.data] == [os.path.abspath(folder) for folder in args.state["arguments"]["data"]]:
             best = args.state["best"]  # what was reached on other validation data says nothing about these
     parallel = joined(model, device)
     minutes = {split: sum(len(r.audio) for r in recordings) / SAMPLE_RATE / 60 for split, recordings in data.items()}
@@ -429,14 +417,15 @@ def train(args: argparse.Namespace, data: dict[str, list[Recording]], device: to
                 if broken:
                     if not any(wrong):
                         raise FloatingPointError("the loss of another process is not a number; it says more")
-                    number, _, drawn = unseen[wrong.index(True)]
+                    first_wrong = wrong.index(True)
+                    number, _, drawn = unseen[first_wrong]
                     names = ", ".join(data["train"][i].name for i in sorted(set(drawn.tolist())))
-                    raise FloatingPointError(f"step {number}: the loss is {values[number - step - 1]}; recordings of the batch: {names}")
+                    raise FloatingPointError(f"step {number}: the loss is {values[first_wrong]}; recordings of the batch: {names}")
                 unseen.clear()
                 bar.set_postfix_str(f"loss {of_all.sum():.4f}")
             if writer and (step % 10 == 0 or step == 1):
-                for name, scalar in {**dict(zip(losses, of_all)), "learning_rate": torch.tensor(optimizer.param_groups[0]["lr"])}.items():
-                    writer.add_scalar(f"train/{name}", scalar.item(), step)
+                for name, scalar in {**dict(zip(losses, of_all.tolist())), "learning_rate": optimizer.param_groups[0]["lr"]}.items():
+                    writer.add_scalar(f"train/{name}", scalar, step)
             schedule.step()
             if validating and rank == 0:
                 scores = validate(model, validation)

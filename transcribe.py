@@ -15,7 +15,7 @@ from audio import has_fluidsynth, load_audio, render_midi, save_audio
 from commands import Help, exit_status_of
 from constants import F_MAX, F_MIN, HOP_SIZE, MAX_MIDI, MIN_MIDI, SAMPLE_RATE
 from devices import keep_pages, pick_device
-from evaluate import estimated_notes, probability
+from evaluate import estimated_notes, logit_to_prob
 from files import written_whole
 from model import RELEASED, LogMelSpectrogram, Transcriber, load_checkpoint
 from notes import Notes, notes_to_midi, write_midi
@@ -36,7 +36,7 @@ def find_recordings(paths: list[Path]) -> list[tuple[Path, Path]]:
     for path in paths:
         if path.is_dir():
             inside = sorted(file for file in path.rglob("*") if file.suffix.lower() in SUFFIXES and file.is_file()
-                            and not file.stem.endswith(MARK) and not file.name.startswith("."))  # hidden: of a kill, or macOS's own
+                            and not file.stem.endswith(MARK) and not file.name.startswith("."))  # hidden files: left by a killed run, or macOS's own
             if not inside:
                 raise ValueError(f"{path}: holds no recordings ({', '.join(SUFFIXES)})")
             found += [(file, file.relative_to(path)) for file in inside]
@@ -90,7 +90,7 @@ def transcribe(model: Transcriber, audio: np.ndarray) -> tuple[Notes, np.ndarray
     """Notes, and the onset and frame probabilities (T, 88) they were read from, of (S,) float32 audio; raises ValueError as `infer` does."""
     frame_logit, onset_logit = (logit.numpy() for logit in model.infer(torch.from_numpy(audio)))
     notes = estimated_notes((frame_logit, onset_logit), model.thresholds, model.recipe.onset_target)
-    return notes, probability(onset_logit), probability(frame_logit)
+    return notes, logit_to_prob(onset_logit), logit_to_prob(frame_logit)
 
 
 def write_all(base: Path, audio: np.ndarray, notes: Notes, onset: np.ndarray, frame: np.ndarray, sound: bool) -> None:

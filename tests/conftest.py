@@ -107,43 +107,22 @@ def broken(tmp_path: Path, kind: str) -> Path:
     path = tmp_path / "m.pt"
     save_checkpoint(path, build_model("rnn", Sizes(4, 8, 8)))
     state = torch.load(path, weights_only=True)
-    if kind == "missing":
+    changes = {"code": {"thresholds": Touch(tmp_path / "touched")}, "no thresholds": {"thresholds": {}},
+               "constants": {"constants": {**state["constants"], "HOP_SIZE": 256}}, "no constants": {"constants": {}},
+               "unknown model": {"model": "transformer"}, "wrong class": {"model": "onf"},
+               "wrong sizes": {"sizes": dataclasses.asdict(Sizes(4, 8, 9))}, "unknown size": {"sizes": {**state["sizes"], "heads": 8}},
+               "not numbers": {"weights": {name: value * torch.nan if value.is_floating_point() else value for name, value in state["weights"].items()}}}
+    contents = {"empty": b"", "text": b"I am a letter, and no checkpoint.\n" * 5, "truncated": path.read_bytes()[: path.stat().st_size // 2],
+                "pickle": pickle.dumps(Touch(tmp_path / "touched"), protocol=2)}
+    others = {"tensor": torch.zeros(3), "dictionary": {"a": 1}}
+    if kind in contents:
+        path.write_bytes(contents[kind])
+    elif kind in ("missing", "folder"):
         path.unlink()
-    elif kind == "empty":
-        path.write_bytes(b"")
-    elif kind == "text":
-        path.write_text("I am a letter, and no checkpoint.\n" * 5)
-    elif kind == "truncated":
-        path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
-    elif kind == "folder":
-        path.unlink()
-        path.mkdir()
-    elif kind == "code":
-        torch.save({**state, "thresholds": Touch(tmp_path / "touched")}, path)
-    elif kind == "pickle":
-        path.write_bytes(pickle.dumps(Touch(tmp_path / "touched"), protocol=2))
-    elif kind == "constants":
-        torch.save({**state, "constants": {**state["constants"], "HOP_SIZE": 256}}, path)
-    elif kind == "no constants":
-        torch.save({**state, "constants": {}}, path)
-    elif kind == "tensor":
-        torch.save(torch.zeros(3), path)
-    elif kind == "dictionary":
-        torch.save({"a": 1}, path)
-    elif kind == "unknown model":
-        torch.save({**state, "model": "transformer"}, path)
-    elif kind == "wrong sizes":
-        torch.save({**state, "sizes": dataclasses.asdict(Sizes(4, 8, 9))}, path)
-    elif kind == "wrong class":
-        torch.save({**state, "model": "onf"}, path)
-    elif kind == "unknown size":
-        torch.save({**state, "sizes": {**state["sizes"], "heads": 8}}, path)
-    elif kind == "not numbers":
-        torch.save({**state, "weights": {name: value * torch.nan if value.is_floating_point() else value for name, value in state["weights"].items()}}, path)
-    elif kind == "no thresholds":
-        torch.save({**state, "thresholds": {}}, path)
+        if kind == "folder":
+            path.mkdir()
     else:
-        raise AssertionError(kind)
+        torch.save(others[kind] if kind in others else {**state, **changes[kind]}, path)
     return path
 
 

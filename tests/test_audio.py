@@ -351,6 +351,15 @@ def test_the_pedal_prolongs_the_sound_until_it_goes_up():
 
 
 @needs_fluidsynth
+def test_the_pedal_catches_a_key_that_comes_up_as_it_goes_down():
+    """As it does in the labels, see `hold_with_pedal`."""
+    midi = notes_to_midi(Notes([[0.2, 0.5]], [60], [100]))
+    midi.instruments[0].control_changes = [pretty_midi.ControlChange(64, 127, 0.5), pretty_midi.ControlChange(64, 0, 1.8)]
+    held, alone = played(midi), played(notes_to_midi(Notes([[0.2, 1.8]], [60], [100])))
+    assert loudness(held, 1.4, 1.8) == pytest.approx(loudness(alone, 1.4, 1.8), rel=0.1)
+
+
+@needs_fluidsynth
 def test_a_repeated_note_is_struck_again():
     """Where a note ends as the next of its key begins, the key goes up first."""
     samples = played(notes_to_midi(Notes([[0.2, 1.2], [1.2, 2.2]], [60, 60], [100, 100])))

@@ -287,7 +287,7 @@ def test_a_full_disk_while_preparing(data_folder, tmp_path):
 
 @pytest.mark.parametrize("flags", [
     ["-i", "0"], ["-i", "-3"], ["-i", "1.5"], ["-b", "0"], ["-v", "0"], ["-v", "1000"], ["-v", "511"], ["-lr", "0"], ["-lr", "-1"], ["-lr", "nan"],
-    ["-lr", "inf"], ["-wd", "-1"], ["-wd", "nan"], ["-vi", "0"], ["-cnn", "0"], ["-fc", "-8"], ["--seed", "-1"], ["--num_workers", "-1"],
+    ["-lr", "inf"], ["-wd", "-1"], ["-wd", "nan"], ["-vi", "0"], ["-cnn", "0"], ["-fc", "-8"], ["--seed", "-1"], ["--seed", str(2**63)], ["--num_workers", "-1"],
     ["--model", "transformer"], ["--recipe", "cake"], ["--recipe", "default,combined_unit=0"], ["--no_such_flag"], ["surplus"]])
 def test_train_refuses_flags_out_of_range(flags, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)

@@ -24,8 +24,8 @@ from evaluate import (
     extract_notes,
     f1_of,
     format_table,
+    logit_to_prob,
     note_metrics,
-    probability,
     roll_metrics,
     score,
     summarise,
@@ -443,10 +443,10 @@ def logit(probability: np.ndarray) -> np.ndarray:
     return np.log(probability / (1 - probability)).astype(np.float32)
 
 
-def test_probability_is_the_sigmoid():
-    np.testing.assert_allclose(probability(np.array([0.0, math.log(3), -math.log(3)])), [0.5, 0.75, 0.25])
+def test_logit_to_prob_is_the_sigmoid():
+    np.testing.assert_allclose(logit_to_prob(np.array([0.0, math.log(3), -math.log(3)])), [0.5, 0.75, 0.25])
     with np.errstate(over="raise"):
-        np.testing.assert_allclose(probability(np.array([-1e4, 1e4], np.float32)), [0, 1])
+        np.testing.assert_allclose(logit_to_prob(np.array([-1e4, 1e4], np.float32)), [0, 1])
 
 
 def test_tuned_thresholds_are_better():

@@ -320,6 +320,13 @@ def test_what_midi_cannot_say_is_not_written(tmp_path, pitch, velocity, name):
     assert not path.exists()
 
 
+@pytest.mark.parametrize("interval", [[-0.1, 1], [0, np.nan], [np.nan, 1]])
+def test_what_is_no_time_is_not_written(tmp_path, interval):
+    with pytest.raises(ValueError, match=r"song.midi: a note would begin or end before 0 s"):
+        write_midi(tmp_path / "song.midi", Notes([interval, [1, 2]], [60, 60], [80, 80]))
+    assert not list(tmp_path.iterdir())
+
+
 def test_a_note_shorter_than_a_tick_is_written_and_ends(tmp_path):
     write_midi(tmp_path / "short.midi", Notes([[0.5, 0.5001], [1.0, 1.5], [1.5, 2.0]], [60, 60, 60], [80, 70, 60]))
     notes = read_midi(tmp_path / "short.midi")

@@ -215,7 +215,7 @@ def test_a_subset_of_maestro(tmp_path, download, capsys):
         assert (out / row["midi_filename"]).read_bytes() == (download / row["midi_filename"]).read_bytes()
     assert len(load_split(out, "train")) == 2
     said = capsys.readouterr().out
-    assert said.startswith("choice ") and "4 recordings (2 train, 1 validation, 1 test), 0.1 minutes" in said
+    assert said.startswith("4 recordings chosen; ") and "4 recordings (2 train, 1 validation, 1 test), 0.1 minutes" in said
 
 
 def test_the_choice_is_fixed(tmp_path, download):
@@ -394,8 +394,24 @@ def test_a_folder_that_was_rendered_otherwise_is_not_gone_on_with(tmp_path, caps
     assert error == f"prepare.py: {tmp_path / 'out'}: was made with another pedals (own, not none); choose another folder\n"
     assert before == {path: path.read_bytes() for path in (tmp_path / "out").rglob("*") if path.is_file()}
     shutil.copyfile(default_soundfont(), tmp_path / "Other.sf2")
-    assert run("render", tmp_path / "midi", tmp_path / "out", "--soundfont", default_soundfont(), tmp_path / "Other.sf2") == 0  # a piano more may come
+    both = ("--soundfont", default_soundfont(), tmp_path / "Other.sf2")
+    assert run("render", tmp_path / "midi", tmp_path / "out", *both) == 0  # a piano more may come
     assert len(read_table(tmp_path / "out")) == 2
+    capsys.readouterr()
+    for spoilt in ("{", "[1]"):
+        (tmp_path / "out" / "settings.json").write_text(spoilt)
+        assert run("render", tmp_path / "midi", tmp_path / "out", *both) == 1
+        error = capsys.readouterr().err
+        assert error.startswith(f"prepare.py: {tmp_path / 'out' / 'settings.json'}: cannot be read (") and error.count("\n") == 1
+        assert (tmp_path / "out" / "settings.json").read_text() == spoilt
+
+
+@needs_fluidsynth
+def test_renderings_within_the_source_are_not_rendered_again(tmp_path, capsys):
+    write_midi(tmp_path / "a.mid", Notes([[0.2, 0.5]], [60], [80]))
+    for there in (0, 1):
+        assert run("render", tmp_path, tmp_path / "out") == 0
+        assert len(read_table(tmp_path / "out")) == 1 and f"; {there} were there, 0 failed" in capsys.readouterr().out
 
 
 @needs_fluidsynth
@@ -687,6 +703,13 @@ def test_what_cannot_be_held_out_is_said(pianos, tmp_path, capsys):
     assert hold_out(tmp_path / "unseen", tmp_path, "B") == 1
     assert "unseen: is the source itself" in capsys.readouterr().err and not (tmp_path / "rest").exists()
     shutil.move(tmp_path / "unseen", tmp_path / "rest")
+    write_tones(tmp_path / "out" / "unseen", "other", random_notes(0, 2.0, 4), 2.0)
+    write_json(tmp_path / "out" / "unseen" / "data.json", [{**dict.fromkeys(COLUMNS, ""), "split": "test", "duration": 2.0,
+                                                            "midi_filename": "other.midi", "audio_filename": "other.flac"}])
+    assert hold_out(tmp_path / "rest", tmp_path / "out", "B") == 1
+    assert "unseen: its table names 1 recordings that this command does not make, such as other.midi" in capsys.readouterr().err
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["unseen"]
+    shutil.rmtree(tmp_path / "out")
     (tmp_path / "rest" / "B" / "3.midi").unlink()
     assert hold_out(tmp_path / "rest", tmp_path / "out", "B") == 1
     assert "B/3.midi: is named in the table and not on the disk" in capsys.readouterr().err

@@ -303,7 +303,7 @@ def test_other_validation_data_begin_a_new_search_for_the_best(finished, data_fo
     state = state_of(finished / "model-2.pt")
     torch.save({**state, "best": 1.0}, tmp_path / "model-2.pt")
     more = shutil.copytree(data_folder, tmp_path / "more")
-    for name, data, step in (("same", [], 2), ("other", ["--data", str(more)], 4)):
+    for name, data, step in (("same", [], 2), ("spelt otherwise", ["--data", f"{data_folder}/"], 2), ("other", ["--data", str(more)], 4)):
         assert train.main(["--resume", str(tmp_path / "model-2.pt"), "--logdir", str(tmp_path / name), "--device", "cpu", *data]) == 0
         assert state_of(tmp_path / name / "model-best.pt")["step"] == step
 
