@@ -14,7 +14,8 @@ import math
 import torch
 from torch import Tensor
 
-from constants import F_MAX, F_MIN, N_FFT, N_MELS, SAMPLE_RATE
+from constants import SAMPLE_RATE
+from spectrogram import frequencies
 
 OCTAVE_BANDS = 9          # 31.25 Hz to 8 kHz, the bands of a graphic equaliser
 REVERB_SAMPLES = 20480    # 1.28 s; a longer tail is cut off, where it has fallen by 50 dB and more
@@ -37,11 +38,6 @@ def uniform(low: float, high: float, *shape: int, device: torch.device) -> Tenso
 def decibels_to_factor(db: Tensor) -> Tensor:
     """Decibels to a factor of amplitude."""
     return torch.exp(db * (math.log(10) / 20))
-
-
-def frequencies(n: int, device: torch.device) -> Tensor:
-    """(F,) in Hz, of the Fourier transform of n samples."""
-    return torch.fft.rfftfreq(n, 1 / SAMPLE_RATE, device=device)
 
 
 def transform_length(n: int) -> int:
@@ -120,25 +116,6 @@ def augment(audio: Tensor, gain_db: float, equalise_db: float, room_probability:
             spectrum = spectrum + noise(spectrum, n, samples, noise_probability)
         audio = torch.fft.irfft(spectrum, n)[:, :samples]                                               # (B, F) -> (B, S)
     return audio * decibels_to_factor(-uniform(0, gain_db, batch, 1, device=audio.device)) if gain_db else audio
-
-
-def hertz_to_mel(hertz: Tensor) -> Tensor:
-    """HTK's mel scale, that of the spectrogram's filters."""
-    return 2595 * torch.log10(1 + hertz / 700)
-
-
-def shifted_filters(semitones: Tensor) -> Tensor:
-    """(B,) semitones -> (B, F, M) mel filters that hear each segment so much sharper, and not faster.
-
-    They are the triangles of the plain filter bank (HTK's mel scale), where the Fourier bin at f Hz counts as the one at
-    f * 2 ** (semitones / 12). Hawthorne et al. 2019 detune by up to 0.1 semitones, Transkun by 0.2; whole semitones are ours.
-    """
-    device = semitones.device
-    corners = torch.linspace(*hertz_to_mel(torch.tensor([F_MIN, F_MAX], dtype=torch.float64)).tolist(), N_MELS + 2, device=device)
-    corners = 700 * (10 ** (corners / 2595) - 1)                                                        # (M + 2,) Hz
-    heard = frequencies(N_FFT, device) * 2 ** (semitones[:, None] / 12)                                 # (B, F)
-    slopes = (heard[..., None] - corners[:-1]) / corners.diff()                                         # (B, F, M + 1)
-    return torch.minimum(slopes[..., :-1], 1 - slopes[..., 1:]).clamp(min=0)
 
 
 def transposed(roll: Tensor, keys: Tensor) -> Tensor:

@@ -93,7 +93,7 @@ def read_table(folder: str | Path) -> list[dict[str, Any]]:
         raise OSError(f"{folder}: is no folder; `python prepare.py demo {folder}` would make a small data set there")
     path = find_table(folder)
     if path is None:
-        raise ValueError(f"{folder}: holds no data.json nor maestro-v*.csv; prepare.py makes data folders")
+        raise ValueError(f"{folder}: holds neither data.json nor maestro-v*.csv; make a data folder with prepare.py, or name another")
     try:
         if path.suffix == ".csv":
             with open(path, newline="", encoding="utf-8-sig") as file:  # some editors begin with a byte order mark

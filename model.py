@@ -15,18 +15,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torchaudio
 from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 import constants
-from augment import hertz_to_mel, shifted_filters
 from constants import F_MAX, F_MIN, HOP_SIZE, MIN_MIDI, N_FFT, N_KEYS, N_MELS, SAMPLE_RATE
 from devices import autocast, multiplies_bytes
 from files import written_whole
 from int8 import Int8ConvStack, Int8HarmonicStack
 from layers import BatchNorm, Dropout, PoolRectifyDrop, in_context, is_long, mean_over_ranks, read_in_pieces, side_by_side
 from recipe import RECIPES, Recipe
+from spectrogram import SIDE, LogMelSpectrogram, hertz_to_mel, power_without_pauses, shifted_filters, tuning_of, whole_parts
 
 # Base rates per frame and key (of onsets, as many as there are strikes), from MAESTRO v2: 7.13 M notes in 201.2 h; keys sound in about 3 % of all places.
 ONSET_RATE = 0.0036
@@ -36,7 +35,6 @@ HARMONICS = (0.5, 1.0, 2.0, 3.0, 4.0, 5.0, 6.0, 7.0, 8.0, 10.0, 12.0, 15.0)
 PLACES = (-1 / 3, 0.0, 1 / 3)
 AROUND = 24         # semitones to either side in which it hears what other keys do
 CONTEXT = 3         # frames that three 3 x 3 convolutions see to either side
-SIDE = (N_FFT - HOP_SIZE) // 2  # samples that a Fourier window reaches past its frame on either side
 RELEASED = Path(__file__).parent / "runs" / "released" / "harmonic.pt"  # which of those that come with the code is used
 LEVEL_RATE = 0.01   # weight of the latest batch in the level that training hears
 COLOUR_BANDS = 8    # mel bands over which a recording's colour is smoothed, a third of an octave at 440 Hz
@@ -51,38 +49,6 @@ class Sizes:
     cnn_unit: int = 48   # channels of the first two convolutions; the third has twice as many, and so have all of `harmonic`
     fc_unit: int = 256   # features of a frame after the convolution stack; `harmonic` has a quarter as many hidden units, and an eighth as many features of each key
     lstm_unit: int = 88  # hidden units in each direction; `harmonic` makes no use of it
-
-
-def whole_parts(audio: Tensor, samples: int) -> Tensor:
-    """(S,) -> (S // samples, samples), without a copy."""
-    return audio[: len(audio) // samples * samples].view(-1, samples)
-
-
-def power_without_pauses(parts: Tensor) -> Tensor:
-    """(N, S) stretches of a recording -> (N,) their power, 0 where it is more than 10 dB below the mean, as in ITU-R BS.1770."""
-    power = torch.linalg.vector_norm(parts, dim=1).square() / parts.shape[1]
-    return power * (power > power.mean() / 10)
-
-
-class LogMelSpectrogram(nn.Module):
-    """Audio to the natural log of its mel power, clamped at 1e-9; window t is centred where `notes.py` puts frame t."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.melspectrogram = torchaudio.transforms.MelSpectrogram(
-            SAMPLE_RATE, N_FFT, hop_length=HOP_SIZE, f_min=F_MIN, f_max=F_MAX, n_mels=N_MELS, center=False, power=None)
-
-    def forward(self, audio: Tensor, filters: Tensor | None = None) -> Tensor:
-        """(B, S) float in [-1, 1] -> (B, S // HOP_SIZE, M); `filters` (B, F, M) may stand in for the mel filters."""
-        return self.of_padded(nn.functional.pad(audio, (SIDE, SIDE)), filters)
-
-    def of_padded(self, audio: Tensor, filters: Tensor | None = None) -> Tensor:
-        """The same for audio that comes with SIDE samples before its first frame and after its last."""
-        with torch.autocast(audio.device.type, enabled=False):
-            spectrum = self.melspectrogram.spectrogram(audio.float())                               # (B, F, T) complex
-            power = spectrum.real.square().addcmul_(spectrum.imag, spectrum.imag)  # its magnitude, squared, would need a root
-            filters = self.melspectrogram.mel_scale.fb if filters is None else filters
-            return (power.transpose(1, 2) @ filters).clamp(min=1e-9).log()                          # (B, T, F) @ (F, M)
 
 
 class ConvStack(nn.Module):
@@ -178,7 +144,13 @@ class Transcriber(nn.Module):
         power = power[power > 0]
         return self.level.cpu() / power.mean().sqrt() if len(power) and self.level else torch.tensor(1.0)
 
-    def colour_of(self, audio: Tensor, gain: Tensor) -> Tensor:
+    def filters_for(self, audio: Tensor) -> Tensor | None:
+        """(F, M) mel filters that hear a recording (S,) as if its piano were tuned to A4 = 440 Hz: half a semitone off, a model cannot
+        tell which key it hears. None, the plain ones, where nothing is known of its tuning, or where a model's `level` is unknown."""
+        semitones = tuning_of(audio) if self.level else 0.0
+        return shifted_filters(torch.tensor([-semitones]))[0] if semitones else None
+
+    def colour_of(self, audio: Tensor, gain: Tensor, filters: Tensor | None = None) -> Tensor:
         """(M,) by how much more each mel band has in a recording (S,), times its gain, than in training: its microphone, room and piano.
 
         After Li et al., "Revisiting Batch Normalization for Practical Domain Adaptation", ICLR workshop 2017: a recording's own means
@@ -192,7 +164,7 @@ class Transcriber(nn.Module):
             return torch.zeros_like(self.mel_norm.running_mean)
         louder = -self.mel_norm.running_mean
         for some in loud.split(CHUNK_FRAMES):  # not all at once, which would be a copy of the recording
-            mel = self.melspectrogram.of_padded((windows[some] * gain).to(louder.device))               # (N, 1, M)
+            mel = self.melspectrogram.of_padded((windows[some] * gain).to(louder.device), filters)      # (N, 1, M)
             louder = louder + mel.sum(dim=(0, 1)) / len(loud)
         bands = torch.arange(N_MELS, device=louder.device)
         near = torch.exp(-((bands[:, None] - bands) / COLOUR_BANDS).square() / 2)
@@ -217,9 +189,10 @@ class Transcriber(nn.Module):
         device = next(self.parameters()).device
         with autocast(device):
             fast = for_inference(self)
-        n_frames, gain = max(1, len(audio) // HOP_SIZE), self.gain_for(audio)
+        n_frames, gain, filters = max(1, len(audio) // HOP_SIZE), self.gain_for(audio), self.filters_for(audio)
+        filters = None if filters is None else filters.to(device)
         if self.recipe.normalise_mel:
-            fast.mel_norm.running_mean += self.colour_of(audio, gain)
+            fast.mel_norm.running_mean += self.colour_of(audio, gain, filters)
         whole: list[Tensor] = []  # what convolve gives, of all chunks; filled in place, because many small pieces fragment memory
         one_at_a_time = threading.Lock()
 
@@ -230,7 +203,7 @@ class Transcriber(nn.Module):
             chunk = (audio[max(0, first) : last] * gain).to(device)
             chunk = nn.functional.pad(chunk, (max(0, -first), 0))
             chunk = nn.functional.pad(chunk, (0, last - first - len(chunk)))
-            features = fast.features(fast.melspectrogram.of_padded(chunk[None]))      # (1, T', C) each
+            features = fast.features(fast.melspectrogram.of_padded(chunk[None], filters))      # (1, T', C) each
             with one_at_a_time:
                 if not whole:
                     whole.extend(feature.new_empty(1, n_frames, feature.shape[2]) for feature in features)

@@ -375,7 +375,7 @@ def train(args: argparse.Namespace, data: dict[str, list[Recording]], device: to
     log, writer = (tqdm.write if rank == 0 else lambda _: None), None
     log(f"{args.model}, {n_parameters(model):,} parameters, recipe {args.recipe}, seed {args.seed}, on {device}"
         + (f" x {world}" if world > 1 else "") + f", into {run}\n"
-        + f"data {' '.join(args.data + args.onset_data)}: " + ", ".join(f"{len(data[split])} {split} ({minutes[split]:.1f} min)" for split in data)
+        + f"data {' '.join(args.data)}" + (f", onsets of {' '.join(args.onset_data)}" if args.onset_data else "") + ": " + ", ".join(f"{len(data[split])} {split} ({minutes[split]:.1f} min)" for split in data)
         + (f"\nweights of {args.weights}" + (f", but for {', '.join(anew)}" if anew else "")
            + (f"; not used: {', '.join(unused)}" if unused else "") if args.weights and not args.state else "")
         + f"\nsteps {first} to {args.iterations} of {args.batch_size} x {args.sequence_length / SAMPLE_RATE:.1f} s")

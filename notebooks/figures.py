@@ -15,6 +15,7 @@ import numpy as np  # noqa: E402  # after the path
 from matplotlib.figure import Figure  # noqa: E402
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator  # noqa: E402
 
+from commands import exit_status_of  # noqa: E402
 from dataset import load_split  # noqa: E402
 from files import written_whole  # noqa: E402
 from model import RELEASED, load_checkpoint  # noqa: E402
@@ -47,20 +48,27 @@ def draw_learning_curve(run: Path, path: Path) -> None:
         figure.savefig(temporary, dpi=100)
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("run", type=Path, help="a run folder of train.py")
-    parser.add_argument("--recording", help="part of the name of a test recording; by default the first")
-    args = parser.parse_args()
+def run(args: argparse.Namespace) -> int:
+    """Draw both; raises OSError and ValueError."""
     out = ROOT / "notebooks" / "figures"
+    recordings = load_split(json.loads((args.run / "config.json").read_text(encoding="utf-8"))["data"], "test")
+    recording = next((r.until(20) for r in recordings if (args.recording or "") in r.name), None)
+    if recording is None:
+        raise ValueError(f"{args.run}: none of its {len(recordings)} test recordings is called {args.recording}")
     draw_learning_curve(args.run, out / "learning_curve.png")
-    folder = json.loads((args.run / "config.json").read_text())["data"]
-    recording = next(r for r in load_split(folder, "test") if (args.recording or "") in r.name).until(20)
     audio = recording.to_float().numpy()
     notes, _, _ = transcribe(load_checkpoint(RELEASED), audio)
     draw(out / "recording.png", audio, notes, recording.notes)
     print(f"{out}: learning_curve.png, recording.png ({recording.name}, its first 20 s)")
     return 0
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("run", type=Path, help="a run folder of train.py")
+    parser.add_argument("--recording", help="part of the name of a test recording; by default the first")
+    args = parser.parse_args()
+    return exit_status_of("figures.py", lambda: run(args), "what is written is whole", OSError, ValueError)
 
 
 if __name__ == "__main__":

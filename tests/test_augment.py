@@ -8,9 +8,8 @@ import torch
 from torch import Tensor
 
 import augment as augment_module
-from augment import augment, equaliser, room, shifted_filters, transform_length, transposed
-from constants import HOP_SIZE, N_MELS, SAMPLE_RATE
-from model import LogMelSpectrogram
+from augment import augment, equaliser, room, transform_length, transposed
+from constants import HOP_SIZE, SAMPLE_RATE
 
 CPU = torch.device("cpu")
 SECOND = SAMPLE_RATE
@@ -229,39 +228,7 @@ def test_noise_levels_spread_over_their_range():
     assert low - 1 < ratio.min() < low + 3 and high - 3 < ratio.max() < high + 1
 
 
-# --- detuning and transposing ---
-
-def test_without_a_shift_the_filters_are_the_spectrograms_own():
-    own = LogMelSpectrogram().melspectrogram.mel_scale.fb
-    torch.testing.assert_close(shifted_filters(torch.zeros(2)), own.expand(2, -1, -1), atol=1e-5, rtol=0)
-
-
-@pytest.mark.parametrize("semitones", [-3, -0.2, 0.2, 1.0])
-@pytest.mark.parametrize("hertz", [220, 880, 3520])
-def test_a_shifted_tone_looks_like_the_tone_at_that_pitch(semitones, hertz):
-    log_mel = LogMelSpectrogram()
-    detuned = log_mel(tone(hertz), shifted_filters(torch.tensor([float(semitones)])))[0, 5:-5].exp()
-    plain, played = (log_mel(tone(pitch))[0, 5:-5].exp() for pitch in (hertz, hertz * 2 ** (semitones / 12)))
-
-    def middle(mel: Tensor) -> float:
-        """The mean band, weighted by power."""
-        return float((mel.sum(dim=0) * torch.arange(N_MELS)).sum() / mel.sum())
-
-    assert middle(detuned) == pytest.approx(middle(played), abs=0.15)
-    assert (middle(detuned) > middle(plain) + 0.05) == (semitones > 0)
-    assert abs(detuned.sum() / played.sum() - 1) < 0.1
-
-
-def test_every_segment_has_its_own_shift():
-    asked = torch.tensor([-2.0, -0.1, 0.0, 0.2, 3.0])
-    filters = shifted_filters(asked)
-    assert filters.shape == (5, 1025, N_MELS) and (filters >= 0).all() and (filters <= 1).all()
-    centre = (filters * torch.arange(1025)[:, None]).sum(dim=1) / filters.sum(dim=1)  # of each filter, in bins
-    own = LogMelSpectrogram().melspectrogram.mel_scale.fb
-    plain = (own * torch.arange(1025)[:, None]).sum(dim=0) / own.sum(dim=0)
-    heard = (12 * (plain / centre).log2())[:, 100:180].mean(dim=1)  # filters moved down hear what is there as higher
-    torch.testing.assert_close(heard, asked, atol=0.01, rtol=0)
-
+# --- transposing ---
 
 def test_transposed_rolls_lose_what_leaves_the_keyboard():
     roll = torch.zeros(3, 2, 88)

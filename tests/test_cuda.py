@@ -78,7 +78,8 @@ print(float((gradients[0] - gradients[1]).norm() / gradients[1].norm()))
 def test_augmentation_stays_on_the_gpu():
     assert run("-c", """
 import torch
-from augment import augment, shifted_filters, transposed
+from augment import augment, transposed
+from spectrogram import shifted_filters
 audio = 0.1 * torch.randn(2, 16384, device="cuda")
 keys = torch.tensor([-1, 2], device="cuda")
 for part in (augment(audio, 12, 6, 1, 1), shifted_filters(keys + 0.2), transposed(torch.ones(2, 3, 88, device="cuda"), keys)):

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 import constants
 import layers
 import model as model_module
+from audio import load_audio
 from augment import equaliser
 from constants import HOP_SIZE, N_FFT, N_KEYS, N_MELS
 from layers import Dropout
@@ -291,29 +292,7 @@ def test_conv_stack_halves_the_bands_twice_and_keeps_time():
     assert [layer.p for layer in stack.modules() if isinstance(layer, Dropout)] == [0.25, 0.25, 0.5]
 
 
-# --- the spectrogram ---
-
-def test_window_t_is_centred_in_frame_t():
-    """A click in the middle of frame 10 is loudest there, and equally soft in frames 9 and 11."""
-    audio = torch.zeros(1, 20 * HOP_SIZE)
-    audio[0, 10 * HOP_SIZE + HOP_SIZE // 2] = 1.0
-    mel = LogMelSpectrogram()(audio)[0].exp().sum(dim=1)
-    assert mel.shape == (20,) and int(mel.argmax()) == 10
-    torch.testing.assert_close(mel[9], mel[11], rtol=1e-3, atol=0)
-    assert mel[9] < mel[10] / 2 and (mel[[8, 12]] < mel[10] / 1e4).all()  # the window's edges are two frames away
-
-
-def test_log_mel_of_silence_is_the_logarithm_of_the_clamp():
-    mel = LogMelSpectrogram()(torch.zeros(2, 5 * HOP_SIZE))
-    assert mel.shape == (2, 5, N_MELS)
-    torch.testing.assert_close(mel, torch.full_like(mel, math.log(1e-9)))
-
-
-def test_mel_bands_rise_with_frequency():
-    time = torch.arange(20 * HOP_SIZE) / constants.SAMPLE_RATE
-    bands = [int(LogMelSpectrogram()(torch.sin(2 * math.pi * hertz * time)[None])[0, 10].argmax()) for hertz in (110, 440, 1760, 7000)]
-    assert bands == sorted(set(bands)) and bands[-1] > 200
-
+# --- hearing sharper, and in tune ---
 
 def test_a_segment_can_be_heard_sharper(monkeypatch):
     """An octave up, a tone is to the layers behind the spectrogram what the tone of twice its frequency is, where that is loud."""
@@ -328,6 +307,35 @@ def test_a_segment_can_be_heard_sharper(monkeypatch):
     loud = played > played.max() - 10
     assert (sharper - played)[loud].abs().mean() < 0.2 * (plain - played)[loud].abs().mean()
     assert torch.equal(sharper.argmax(2), played.argmax(2)) and not torch.equal(plain.argmax(2), played.argmax(2))
+
+
+@pytest.mark.parametrize("semitones", [-0.5, 0.3])
+def test_a_piano_out_of_tune_is_heard_as_one_in_tune(semitones, monkeypatch):
+    """Where its tones are loud, the layers behind the spectrogram get what they get of one in tune; in the colour, too."""
+    model, seen = lively("rnn"), []
+    features = type(model).features
+    monkeypatch.setattr(type(model), "features", lambda self, mel: seen.append(mel[0, 5:-5] - self.mel_norm.running_mean) or features(self, mel))
+    weights = {name: value.clone() for name, value in model.state_dict().items()}
+    time = torch.arange(100 * HOP_SIZE) / constants.SAMPLE_RATE
+
+    def hear(semitones: float) -> None:
+        model.infer(sum(0.1 * torch.sin(2 * math.pi * 440 * 2 ** ((key + semitones) / 12) * time) for key in (3, 10, 17)))
+
+    for played in (0.0, semitones):
+        hear(played)
+    monkeypatch.setattr(model_module, "tuning_of", lambda audio: 0.0)
+    hear(semitones)
+    in_tune, corrected, plain = seen
+    loud = in_tune > in_tune.amax() - 3
+    corrected, plain = ((mel - in_tune)[loud].abs().mean() for mel in (corrected, plain))
+    assert corrected < 0.3 and 3 * corrected < plain, (corrected, plain)
+    assert all(torch.equal(weights[name], value) for name, value in model.state_dict().items())
+
+
+def test_a_model_that_knows_no_level_hears_recordings_as_they_are(tones):
+    audio = torch.from_numpy(load_audio(tones.audio))
+    assert lively("rnn").filters_for(audio).shape == (N_FFT // 2 + 1, N_MELS)
+    assert build_model("rnn", SMALL).filters_for(audio) is None and lively("rnn").filters_for(noise(9 * HOP_SIZE)) is None
 
 
 # --- inference in chunks ---
@@ -460,7 +468,7 @@ def test_recordings_of_other_colours_are_heard_more_alike(monkeypatch, float32):
 
     here = difference()
     assert all(torch.equal(weights[name], value) for name, value in model.state_dict().items())
-    monkeypatch.setattr(model, "colour_of", lambda audio, gain: torch.zeros(N_MELS))
+    monkeypatch.setattr(model, "colour_of", lambda *_: torch.zeros(N_MELS))
     there = difference()
     assert (here < 0.7 * there).all() and (here > 0).all(), here / there
 

@@ -263,7 +263,7 @@ def test_a_source_that_is_none(tmp_path, capsys):
     assert run("maestro", tmp_path / "lost", tmp_path / "out") == 1
     assert capsys.readouterr().err.startswith(f"prepare.py: {tmp_path}/lost: is no folder")
     (tmp_path / "empty").mkdir()
-    for command, message in (("maestro", "holds no data.json"), ("maps", "holds no PIANO/MUS"), ("check", "holds no data.json")):
+    for command, message in (("maestro", "holds neither data.json"), ("maps", "holds no PIANO/MUS"), ("check", "holds neither data.json")):
         assert run(command, tmp_path / "empty", *([] if command == "check" else [tmp_path / "out"])) == 1
         assert capsys.readouterr().err.startswith(f"prepare.py: {tmp_path}/empty: {message}")
     assert not (tmp_path / "out").exists()
