@@ -158,7 +158,7 @@ def test_there_is_no_folder(tmp_path):
 
 
 def test_there_is_no_table(tmp_path):
-    with pytest.raises(ValueError, match=r"holds no data\.json nor maestro-v"):
+    with pytest.raises(ValueError, match=r"holds neither data\.json nor maestro-v"):
         read_table(tmp_path)
 
 
