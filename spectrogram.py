@@ -14,7 +14,7 @@ from constants import F_MAX, F_MIN, HOP_SIZE, N_FFT, N_MELS, SAMPLE_RATE
 SIDE = (N_FFT - HOP_SIZE) // 2  # samples that a Fourier window reaches past its frame on either side
 TUNING_WINDOW = 4096     # samples, 0.26 s
 TUNED_BY = (150, 1500)   # Hz; below, keys lie too near to each other for that window, above, partials are ever sharper
-IN_COMMON = 0.5          # length of the mean below which peaks are of no common tuning; pianos have 0.7 to 0.98
+IN_COMMON = 0.5          # of their power, below which peaks have no common tuning; pianos have 0.7 to 0.98
 SHARPEST = 0.4           # semitones, A4 = 450 Hz; what seems sharper is taken for flat, as pianos go that are seldom tuned
 
 
@@ -85,8 +85,8 @@ def tuning_of(audio: Tensor) -> float:
     if not len(windows):
         return 0.0
     low, high = (round(hertz * TUNING_WINDOW / SAMPLE_RATE) for hertz in TUNED_BY)
-    bins = torch.arange(low, high)
-    window, total, mean = torch.hann_window(TUNING_WINDOW), torch.tensor(0.0), torch.tensor(0j)
+    bins, window = torch.arange(low, high, device=audio.device), torch.hann_window(TUNING_WINDOW, device=audio.device)
+    total, resultant = 0.0, 0j
     for some in windows.split(64):  # not all at once, which would be a copy of the recording
         power = torch.fft.rfft(some * window).abs().square()[:, low - 1 : high + 1]                       # (N, F + 2)
         before, here, after = (power.clamp(min=1e-20).log()[:, start : start + len(bins)] for start in range(3))
@@ -94,6 +94,6 @@ def tuning_of(audio: Tensor) -> float:
         place = bins + torch.where(is_peak, (before - after) / (before - 2 * here + after) / 2, 0)          # of the parabola through three bins
         power = power[:, 1:-1] * is_peak
         semitones = 12 * torch.log2(place * (SAMPLE_RATE / TUNING_WINDOW / 440))
-        total, mean = total + power.sum(), mean + torch.polar(power, 2 * math.pi * semitones).sum()
-    semitones = float(mean.angle()) / (2 * math.pi) if mean.abs() > IN_COMMON * total else 0.0                 # -0.5 to 0.5
+        total, resultant = total + power.sum(), resultant + torch.polar(power, 2 * math.pi * semitones).sum()
+    semitones = float(resultant.angle()) / (2 * math.pi) if resultant.abs() > IN_COMMON * total else 0.0                 # -0.5 to 0.5
     return semitones - 1 if semitones > SHARPEST else semitones
