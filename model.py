@@ -147,8 +147,8 @@ class Transcriber(nn.Module):
     def filters_for(self, audio: Tensor) -> Tensor | None:
         """(F, M) mel filters that hear a recording (S,) as if its piano were tuned to A4 = 440 Hz: half a semitone off, a model cannot
         tell which key it hears. None, the plain ones, where nothing is known of its tuning, or where a model's `level` is unknown."""
-        semitones = tuning_of(audio) if self.level else 0.0
-        return shifted_filters(torch.tensor([-semitones]))[0] if semitones else None
+        semitones = tuning_of(audio[None]) if self.level else torch.zeros(1)
+        return shifted_filters(-semitones)[0] if semitones.any() else None
 
     def colour_of(self, audio: Tensor, gain: Tensor, filters: Tensor | None = None) -> Tensor:
         """(M,) by how much more each mel band has in a recording (S,), times its gain, than in training: its microphone, room and piano.

@@ -29,7 +29,7 @@ class Recipe:
     equalise_db: float = 6.0         # octave bands are made softer or louder by up to this many dB
     room: float = 0.8                # probability of reverberation in a segment
     noise: float = 0.5               # probability of noise in a segment
-    detune: float = 0.2              # segments are heard sharper or flatter by up to this many semitones
+    detune: float = 0.05             # segments, once in tune, are heard sharper or flatter by up to this many semitones
     transpose: int = 3               # and moved by up to this many whole ones, with their labels
     offset_weight: float = 3.0       # how often a frame near a note's end counts
 

@@ -74,26 +74,25 @@ def power_without_pauses(parts: Tensor) -> Tensor:
     return power * (power > power.mean() / 10)
 
 
-def tuning_of(audio: Tensor) -> float:
-    """By how many semitones, from SHARPEST - 1 to SHARPEST, the piano in a recording (S,) is sharper than A4 = 440 Hz.
+def tuning_of(audio: Tensor) -> Tensor:
+    """(B, S) recordings -> (B,) by how many semitones, from SHARPEST - 1 to SHARPEST, their pianos are sharper than A4 = 440 Hz.
 
-    The peaks of its spectrum lie so far beside the pitches of the keys: their circular mean, each counting by its power (Dressler &
+    The peaks of a spectrum lie so far beside the pitches of the keys: their circular mean, each counting by its power (Dressler &
     Streich, "Tuning Frequency Estimation Using Circular Statistics", ISMIR 2007). 0 where they have hardly anything in common, as in
     noise, and of less than a window. What lies farther off is heard in tune, but on other keys.
     """
-    windows = whole_parts(audio, TUNING_WINDOW)
-    if not len(windows):
-        return 0.0
     low, high = (round(hertz * TUNING_WINDOW / SAMPLE_RATE) for hertz in TUNED_BY)
     bins, window = torch.arange(low, high, device=audio.device), torch.hann_window(TUNING_WINDOW, device=audio.device)
-    total, resultant = 0.0, 0j
-    for some in windows.split(64):  # not all at once, which would be a copy of the recording
-        power = torch.fft.rfft(some * window).abs().square()[:, low - 1 : high + 1]                       # (N, F + 2)
-        before, here, after = (power.clamp(min=1e-20).log()[:, start : start + len(bins)] for start in range(3))
+    count = audio.shape[1] // TUNING_WINDOW
+    windows = audio[:, : count * TUNING_WINDOW].view(len(audio), count, TUNING_WINDOW)
+    total, resultant = torch.zeros(len(audio), device=audio.device), torch.zeros(len(audio), device=audio.device, dtype=torch.complex64)
+    for first in range(0, count, 64):  # not all at once, which would be a copy of the recording
+        power = torch.fft.rfft(windows[:, first : first + 64] * window).abs().square()[..., low - 1 : high + 1]  # (B, N, F + 2)
+        before, here, after = (power.clamp(min=1e-20).log()[..., start : start + len(bins)] for start in range(3))
         is_peak = (here > before) & (here >= after)
-        place = bins + torch.where(is_peak, (before - after) / (before - 2 * here + after) / 2, 0)          # of the parabola through three bins
-        power = power[:, 1:-1] * is_peak
+        place = bins + torch.where(is_peak, (before - after) / (before - 2 * here + after) / 2, 0)  # of the parabola through three bins
+        power = power[..., 1:-1] * is_peak
         semitones = 12 * torch.log2(place * (SAMPLE_RATE / TUNING_WINDOW / 440))
-        total, resultant = total + power.sum(), resultant + torch.polar(power, 2 * math.pi * semitones).sum()
-    semitones = float(resultant.angle()) / (2 * math.pi) if resultant.abs() > IN_COMMON * total else 0.0                 # -0.5 to 0.5
-    return semitones - 1 if semitones > SHARPEST else semitones
+        total, resultant = total + power.sum(dim=(1, 2)), resultant + torch.polar(power, 2 * math.pi * semitones).sum(dim=(1, 2))
+    semitones = resultant.angle() / (2 * math.pi)                                                                # -0.5 to 0.5
+    return torch.where(resultant.abs() > IN_COMMON * total, semitones - (semitones > SHARPEST).float(), 0)

@@ -44,6 +44,7 @@ from model import (
 )
 from notes import write_midi
 from recipe import RECIPES, Recipe, parse_recipe
+from spectrogram import tuning_of
 
 MAX_NORM = 3.0           # of the gradient; Hawthorne et al. 2018
 WARM_UP = 100            # steps until the learning rate is at its peak; of a short run a tenth
@@ -107,12 +108,15 @@ def leave_signals(_: int) -> None:
 
 
 def augmented(batch: dict[str, Tensor], recipe: Recipe) -> dict[str, Tensor]:
-    """The batch as another piano in another room might have played it; `semitones` (B,) says how much sharper it is to be heard."""
+    """The batch as another piano in another room might have played it; `semitones` (B,) says how much sharper it is to be heard.
+
+    What is transposed or detuned is heard in tune otherwise, as inference hears recordings.
+    """
     audio, device = batch["audio"], batch["audio"].device
     batch = {**batch, "audio": augment(audio, recipe.gain_db, recipe.equalise_db, recipe.room, recipe.noise)}
     if recipe.transpose or recipe.detune:
         keys = torch.randint(-recipe.transpose, recipe.transpose + 1, (len(audio),), device=device)
-        batch["semitones"] = keys + uniform(-recipe.detune, recipe.detune, len(audio), device=device)
+        batch["semitones"] = keys - tuning_of(audio) + uniform(-recipe.detune, recipe.detune, len(audio), device=device)
         if recipe.transpose:
             batch |= {name: transposed(batch[name], keys) for name in ("onset", "frame")}
     return batch
