@@ -376,7 +376,8 @@ def performances_of(source: Path, out: Path, split: str | None) -> list[tuple[Pa
         contents = [path.read_bytes() if path.is_file() else b"" for path in paths]  # a missing one is named when its turn comes
         return [(path, row) for number, (path, row) in enumerate(zip(paths, rows)) if not contents[number] or contents[number] not in contents[:number]]
     performances = []
-    for path in sorted(path for path in source.glob("**/*") if path.suffix.lower() in (".mid", ".midi") and out.resolve() not in path.resolve().parents):
+    made = out.resolve() if source.resolve() in out.resolve().parents else None  # a folder in the source, whose renderings are no performances
+    for path in sorted(path for path in source.glob("**/*") if path.suffix.lower() in (".mid", ".midi") and made not in path.resolve().parents):
         name = path.relative_to(source)
         piece = str(name.parent) if len(name.parts) > 1 else name.stem
         place = {0: "validation", 1: "test"}.get(int(rank_of(piece), 16) % HELD_OUT, "train")

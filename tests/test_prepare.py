@@ -408,10 +408,11 @@ def test_a_folder_that_was_rendered_otherwise_is_not_gone_on_with(tmp_path, caps
 
 @needs_fluidsynth
 def test_renderings_within_the_source_are_not_rendered_again(tmp_path, capsys):
-    write_midi(tmp_path / "a.mid", Notes([[0.2, 0.5]], [60], [80]))
+    write_midi(tmp_path / "midi" / "a.mid", Notes([[0.2, 0.5]], [60], [80]))
     for there in (0, 1):
-        assert run("render", tmp_path, tmp_path / "out") == 0
-        assert len(read_table(tmp_path / "out")) == 1 and f"; {there} were there, 0 failed" in capsys.readouterr().out
+        assert run("render", tmp_path / "midi", tmp_path / "midi" / "out") == 0
+        assert len(read_table(tmp_path / "midi" / "out")) == 1 and f"; {there} were there, 0 failed" in capsys.readouterr().out
+    assert run("render", tmp_path / "midi" / "out", tmp_path / "again") == run("render", tmp_path / "midi", tmp_path) == 0
 
 
 @needs_fluidsynth
