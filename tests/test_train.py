@@ -322,7 +322,7 @@ def test_several_data_folders(data_folder, tmp_path, capsys):
     more = Path(shutil.copytree(data_folder, tmp_path / "more"))
     flags = ["--data", str(data_folder), str(more), "--logdir", str(tmp_path / "run"), "--model", "rnn", "--save_midi", *TINY]
     assert train.main([*flags, "-i", "1"]) == 0
-    assert f"data {data_folder}, onsets of {more}: 6 train" in capsys.readouterr().out
+    assert f"data {data_folder} {more}: 6 train" in capsys.readouterr().out
     state = state_of(tmp_path / "run" / "model-1.pt")
     assert state["data"]["folders"] == state["arguments"]["data"] == [str(data_folder), str(more)]
     assert len(json.loads((tmp_path / "run" / "results.json").read_text())["recordings"]) == 4
