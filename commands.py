@@ -17,7 +17,7 @@ class Help(argparse.ArgumentDefaultsHelpFormatter):
 
 
 def positive(kind: type, or_zero: bool = False, below: float = math.inf) -> Callable[[str], Any]:
-    """What argparse shall make of a flag's text: a positive int or float, or zero too."""
+    """What argparse shall make of a flag's text: a positive int or float, or zero too, smaller than `below`."""
     def parse(text: str) -> Any:
         if not (0 < (value := kind(text)) < below or or_zero and value == 0):
             raise ValueError

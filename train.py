@@ -365,7 +365,7 @@ def train(args: argparse.Namespace, data: dict[str, list[Recording]], device: to
         for group, peak in zip(optimizer.param_groups, schedule.base_lrs):  # other --iterations than before give another rate from the first step on
             group["lr"] = peak * learning_rate_factor(recipe, args.iterations, args.state["step"])
         first = args.state["step"] + 1
-        if [os.path.abspath(folder) for folder in args.data] == [os.path.abspath(folder) for folder in args.state["arguments"]["data"]]:
+        if [*map(os.path.abspath, args.data)] == [*map(os.path.abspath, args.state["arguments"]["data"])]:
             best = args.state["best"]  # what was reached on other validation data says nothing about these
     parallel = joined(model, device)
     minutes = {split: sum(len(r.audio) for r in recordings) / SAMPLE_RATE / 60 for split, recordings in data.items()}
@@ -379,7 +379,8 @@ def train(args: argparse.Namespace, data: dict[str, list[Recording]], device: to
     log, writer = (tqdm.write if rank == 0 else lambda _: None), None
     log(f"{args.model}, {n_parameters(model):,} parameters, recipe {args.recipe}, seed {args.seed}, on {device}"
         + (f" x {world}" if world > 1 else "") + f", into {run}\n"
-        + f"data {' '.join(args.data)}" + (f", onsets of {' '.join(args.onset_data)}" if args.onset_data else "") + ": " + ", ".join(f"{len(data[split])} {split} ({minutes[split]:.1f} min)" for split in data)
+        + f"data {' '.join(args.data)}" + (f", onsets of {' '.join(args.onset_data)}" if args.onset_data else "") + ": "
+        + ", ".join(f"{len(data[split])} {split} ({minutes[split]:.1f} min)" for split in data)
         + (f"\nweights of {args.weights}" + (f", but for {', '.join(anew)}" if anew else "")
            + (f"; not used: {', '.join(unused)}" if unused else "") if args.weights and not args.state else "")
         + f"\nsteps {first} to {args.iterations} of {args.batch_size} x {args.sequence_length / SAMPLE_RATE:.1f} s")
