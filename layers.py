@@ -85,7 +85,7 @@ class Dropout(nn.Module):
         self.p = round(256 * p) / 256
 
     def forward(self, x: Tensor) -> Tensor:
-        return x * self.factors(torch.empty_like(x)) if self.training else x
+        return x * self.factors(torch.empty_like(x)) if self.training and self.p else x
 
     def factors(self, out: Tensor) -> Tensor:
         """Fill `out`, dense in any memory layout, with what features are multiplied by: 0, or 1 / (1 - p)."""
@@ -109,8 +109,8 @@ class PoolRectifyDrop(Dropout):
     def forward(self, x: Tensor) -> Tensor:
         if not self.training:
             return torch.maximum(*pairs(x)).relu_()
-        half = torch.empty_like(x[..., : x.shape[3] // 2])
-        return PooledRectifiedDropped.apply(x, self.factors(half), 1 / (1 - self.p))
+        factors = self.factors(torch.empty_like(x[..., : x.shape[3] // 2])) if self.p else None
+        return PooledRectifiedDropped.apply(x, factors, 1 / (1 - self.p))
 
 
 def pairs(x: Tensor) -> tuple[Tensor, Tensor]:
@@ -120,13 +120,15 @@ def pairs(x: Tensor) -> tuple[Tensor, Tensor]:
 
 
 class PooledRectifiedDropped(torch.autograd.Function):
-    """What PoolRectifyDrop does in training, with the factors that dropout drew: 0 or `scale`. Of two equal bands the first
-    has the gradient. Which features passed is read off the output, which the next layer keeps anyway."""
+    """What PoolRectifyDrop does in training, with the factors that dropout drew, 0 or `scale`, or None. Of two equal bands
+    the first has the gradient. Which features passed is read off the output, which the next layer keeps anyway."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, factors: Tensor, scale: float) -> Tensor:
+    def forward(ctx: Any, x: Tensor, factors: Tensor | None, scale: float) -> Tensor:
         left, right = pairs(x)
-        y = torch.maximum(left, right).relu_().mul_(factors)
+        y = torch.maximum(left, right).relu_()
+        if factors is not None:
+            y.mul_(factors)
         ctx.save_for_backward(torch.ge(left, right, out=torch.empty_like(y)), y)
         ctx.like, ctx.scale = torch.empty_like(x, device="meta"), scale
         return y
@@ -134,7 +136,9 @@ class PooledRectifiedDropped(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
         is_left, y = ctx.saved_tensors
-        grad = torch.gt(y, 0, out=torch.empty_like(y)).mul_(ctx.scale).mul_(grad)
+        grad = torch.ops.aten.threshold_backward(grad, y, 0)
+        if ctx.scale != 1:
+            grad.mul_(ctx.scale)
         whole = torch.empty_like(ctx.like, dtype=grad.dtype, device=grad.device)
         left, right = pairs(whole)
         torch.mul(grad, is_left, out=left)

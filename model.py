@@ -54,14 +54,14 @@ class Sizes:
 class ConvStack(nn.Module):
     """The acoustic model of Kelz et al., ISMIR 2016 (their ConvNet), in the form of Hawthorne et al. 2018."""
 
-    def __init__(self, n_mels: int, cnn_unit: int, fc_unit: int) -> None:
+    def __init__(self, n_mels: int, cnn_unit: int, fc_unit: int, dropout: float = 0.5) -> None:
         super().__init__()
         self.cnn = nn.Sequential(
             nn.Conv2d(1, cnn_unit, 3, padding=1), BatchNorm(cnn_unit), nn.ReLU(inplace=True),
-            nn.Conv2d(cnn_unit, cnn_unit, 3, padding=1), BatchNorm(cnn_unit), PoolRectifyDrop(0.25),
+            nn.Conv2d(cnn_unit, cnn_unit, 3, padding=1), BatchNorm(cnn_unit), PoolRectifyDrop(dropout / 2),
             nn.Identity(), nn.Identity(),  # so that layers have the numbers they have in the course's checkpoints
-            nn.Conv2d(cnn_unit, cnn_unit * 2, 3, padding=1), BatchNorm(cnn_unit * 2), PoolRectifyDrop(0.25))
-        self.fc = nn.Sequential(nn.Linear(cnn_unit * 2 * (n_mels // 4), fc_unit), Dropout(0.5))
+            nn.Conv2d(cnn_unit, cnn_unit * 2, 3, padding=1), BatchNorm(cnn_unit * 2), PoolRectifyDrop(dropout / 2))
+        self.fc = nn.Sequential(nn.Linear(cnn_unit * 2 * (n_mels // 4), fc_unit), Dropout(dropout))
 
     def forward(self, mel: Tensor) -> Tensor:
         """(B, T, M) -> (B, T, fc_unit)."""
@@ -102,7 +102,7 @@ class Transcriber(nn.Module):
         self.mel_norm = BatchNorm(N_MELS, affine=False) if recipe.normalise_mel else nn.Identity()
 
     def conv_stack(self) -> ConvStack:
-        return ConvStack(N_MELS, self.sizes.cnn_unit, self.sizes.fc_unit)
+        return ConvStack(N_MELS, self.sizes.cnn_unit, self.sizes.fc_unit, self.recipe.dropout)
 
     def path(self, inputs: int) -> nn.Linear | None:
         """A head's linear path past its recurrent layers, where the recipe has it; the head's output layer has the bias."""

@@ -12,7 +12,7 @@ class Recipe:
     """What the default recipe does differently from the course's (Hawthorne et al. 2018 as taught in the homework).
 
     The course's model scores zero for its first thousands of steps: what comes out of two recurrent layers is too faint at
-    first to learn from. The linear path past them and biases at the base rates mend that. The first four entries are of the
+    first to learn from. The linear path past them and biases at the base rates mend that. The first five entries are of the
     model, the rest is how it is trained.
     """
 
@@ -20,6 +20,7 @@ class Recipe:
     residual: bool = True            # a linear path past a head's recurrent layers, which then learn what it lacks (He et al. 2016)
     base_rate_bias: bool = True      # output biases start at the log-odds of silence
     combined_unit: int = 256         # hidden units in each direction of what joins onsets and frames in `onf`; the course has 88
+    dropout: float = 0.0             # share of a frame's features that a ConvStack drops, and half of it after pooling; the course has 0.5
     tune_thresholds: bool = True     # on validation; else 0.5 and 0.5
     cosine: bool = True              # warm-up and cosine to zero; else x 0.98 per 1000 steps
     clip_jointly: bool = True        # one gradient norm for all parameters; else each parameter by itself
@@ -38,6 +39,8 @@ class Recipe:
             raise ValueError("combined_unit is a whole number from 1 on, not 0")
         if not self.learning_rate:
             raise ValueError("learning_rate is more than 0, or nothing is learnt")
+        if self.dropout >= 1:
+            raise ValueError(f"dropout is a share below 1, or nothing is left, not {self.dropout:g}")
         for name in ("room", "noise"):
             if getattr(self, name) > 1:
                 raise ValueError(f"{name} is a probability, 1 at most, not {getattr(self, name):g}")
@@ -46,8 +49,9 @@ class Recipe:
 
 
 RECIPES = {"default": Recipe(), "course": Recipe(
-    normalise_mel=False, residual=False, base_rate_bias=False, combined_unit=88, tune_thresholds=False, cosine=False, clip_jointly=False,
-    learning_rate=6e-4, onset_target="one", gain_db=0.0, equalise_db=0.0, room=0.0, noise=0.0, detune=0.0, transpose=0, offset_weight=1.0)}
+    normalise_mel=False, residual=False, base_rate_bias=False, combined_unit=88, dropout=0.5, tune_thresholds=False, cosine=False,
+    clip_jointly=False, learning_rate=6e-4, onset_target="one", gain_db=0.0, equalise_db=0.0, room=0.0, noise=0.0, detune=0.0, transpose=0,
+    offset_weight=1.0)}
 
 
 def parse_recipe(text: str) -> Recipe:

@@ -41,7 +41,7 @@ from model import (
     save_checkpoint,
     share_checkpoint,
 )
-from recipe import RECIPES
+from recipe import RECIPES, parse_recipe
 
 SMALL = Sizes(4, 8, 8)
 DEFAULT, COURSE = RECIPES["default"], RECIPES["course"]
@@ -290,6 +290,16 @@ def test_conv_stack_halves_the_bands_twice_and_keeps_time():
     assert stack.cnn(noise(2, 1, 7, N_MELS)).shape == (2, 8, 7, 57)
     assert stack(noise(2, 7, N_MELS)).shape == (2, 7, 8)
     assert [layer.p for layer in stack.modules() if isinstance(layer, Dropout)] == [0.25, 0.25, 0.5]
+
+
+@pytest.mark.parametrize("name", ["baseline", "crnn", "onf"])
+def test_dropout_is_the_recipes(name):
+    audio = noise(1, 9 * HOP_SIZE)
+    for recipe, drops in (("default", False), ("course", True), ("default,dropout=0.25", True)):
+        model = build_model(name, SMALL, parse_recipe(recipe))
+        assert {layer.p for layer in model.modules() if isinstance(layer, Dropout)} == {model.recipe.dropout / 2, model.recipe.dropout}
+        first, second = (model(audio) for _ in range(2))
+        assert all(torch.equal(a, b) != drops for a, b in zip(first, second))
 
 
 # --- hearing sharper, and in tune ---

@@ -21,7 +21,7 @@ def test_every_entry_of_a_recipe_can_be_written():
     ("default,onset_target=three", "onset_target is one of one, two, not 'three'"),
     ("default,transpose=1.5", "transpose is a whole number from 0 on, not '1.5'"),
     ("default,learning_rate=0", "learning_rate is more than 0"), ("default,room=80", "room is a probability, 1 at most, not 80"),
-    ("default,noise=1.5", "noise is a probability, 1 at most, not 1.5"),
+    ("default,noise=1.5", "noise is a probability, 1 at most, not 1.5"), ("default,dropout=1", "dropout is a share below 1, or nothing is left, not 1"),
     ("default,combined_unit=0", "combined_unit is a whole number from 1 on, not 0"),
     ("default,cosine=yes", "cosine is True or False, not 'yes'"), ("default,cosine", "cosine is True or False, not ''"),
     ("default,gain_db=loud", "gain_db is a number from 0 on, not 'loud'"), ("default,gain_db=-1", "gain_db is a number from 0 on, not '-1'"),

@@ -485,20 +485,11 @@ SCRIPT = """
 import sys
 from pathlib import Path
 import torch
-import model, train
+import train
 
 torch.set_num_threads(1)
 train.autocast = lambda device: torch.autocast(device.type, enabled=False)
 train.augmented = lambda batch, recipe: {**batch, "semitones": torch.ones(len(batch["audio"]))}
-
-def build_without_dropout(*parts, build=train.build_model):
-    net = build(*parts)
-    for layer in net.modules():
-        if isinstance(layer, model.Dropout):
-            layer.p = 0
-    return net
-
-train.build_model = build_without_dropout
 
 def keep(net, recipe, clip=train.clip_gradients):
     if train.rank_and_world()[0] == 0:
