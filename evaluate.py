@@ -1,6 +1,7 @@
 """From logits to notes, and how good those notes are: `python evaluate.py [ckpt.pt]`."""
 
 import argparse
+import copy
 import csv
 import sys
 from collections.abc import Iterator
@@ -18,16 +19,19 @@ from dataset import SPLITS, Recording, load_split
 from devices import keep_pages, pick_device
 from files import write_json, written_whole
 from model import RELEASED, Transcriber, model_of, read_checkpoint, share_checkpoint
-from notes import ONSET_PLACES, Notes, frames_to_seconds, notes_to_rolls
+from notes import ONSET_PLACES, VELOCITY, Notes, frames_to_seconds, notes_to_rolls, seconds_to_frames
 
-VELOCITY = 80  # the models hear no loudness; every note they write is mezzo-forte
 THRESHOLDS = np.arange(1, 10) / 10  # what tune_thresholds tries
 SILENT = 0.05  # probability below which a note is over, whatever comes after; 0.02 to 0.1 score alike
+VELOCITY_TOLERANCE = 0.1  # of the range of velocities in the reference
+RIDGE = 0.01   # of the least squares behind velocities
 REACH = 1.25   # frames, 0.5 to 1.5, to either side of a note's end over which its fall is measured; 40 ms, of the 50 that scores allow
+
+Heard = tuple[np.ndarray, ...]  # frame logits, onset logits and, where they are known, velocities, (T, 88) each, as a model's `infer` gives them
 
 
 def extract_notes(onset: np.ndarray, frame: np.ndarray, onset_threshold: float = 0.5, frame_threshold: float = 0.5,
-                  onset_target: str = "one") -> Notes:
+                  onset_target: str = "one", velocity: np.ndarray | None = None) -> Notes:
     """Read notes off two piano rolls: a key starts at a rising onset and lasts while its frames do.
 
     Source: Hawthorne et al., "Onsets and Frames", ISMIR 2018. An onset over several frames is one note, and these
@@ -41,6 +45,7 @@ def extract_notes(onset: np.ndarray, frame: np.ndarray, onset_threshold: float =
         frame: (T, 88), probability that the key sounds in frame t.
         onset_threshold, frame_threshold: probability from which each counts, in (0, 1).
         onset_target: what `onset` tells of a strike, as for `notes_to_rolls`.
+        velocity: (T, 88), that of a key struck in frame t; without it all notes have VELOCITY.
 
     Returns:
         Notes in order of onset. With the onset target "one" they begin at the centre of their first frame and end at that of
@@ -71,7 +76,8 @@ def extract_notes(onset: np.ndarray, frame: np.ndarray, onset_threshold: float =
         first = first + shift_of_strikes(onset, first, keys, limits - starts, onset_target)
     onsets = frames_to_seconds(first)
     offsets = np.maximum(frames_to_seconds(last), onsets + 0.5 * HOP_SIZE / SAMPLE_RATE)
-    return Notes(np.stack([onsets, offsets], axis=1), keys + MIN_MIDI, np.full(len(keys), VELOCITY))
+    velocities = np.full(len(keys), VELOCITY) if velocity is None else velocity[seconds_to_frames(onsets).clip(0, n_frames - 1), keys]
+    return Notes(np.stack([onsets, offsets], axis=1), keys + MIN_MIDI, velocities)
 
 
 def stops_of(sounds: np.ndarray, starts: np.ndarray, limits: np.ndarray) -> np.ndarray:
@@ -144,7 +150,8 @@ def roll_metrics(name: str, ref: np.ndarray, est: np.ndarray) -> dict[str, float
 
 
 def note_metrics(ref: Notes, est: Notes, names: tuple[str, ...] = ("note", "note-with-offsets")) -> dict[str, float]:
-    """Note scores by mir_eval: onset within 50 ms and pitch within a quarter tone; then offsets within 50 ms or 20 % too.
+    """Note scores by mir_eval: onset within 50 ms and pitch within a quarter tone; then offsets within 50 ms or 20 % too; and with these
+    velocities, see `same_velocity`.
 
     A recording without reference notes, or without any found, scores zero, as mir_eval has it.
     """
@@ -152,15 +159,29 @@ def note_metrics(ref: Notes, est: Notes, names: tuple[str, ...] = ("note", "note
     rows = {}
     for name in names:
         pairs = match(ref, est, offset_ratio=OFFSET_RATIO if name == "note-with-offsets" else None)
-        scores = *f1_of(len(pairs), len(est), len(ref)), mir_eval.transcription.average_overlap_ratio(ref.intervals, est.intervals, pairs)
-        rows |= {f"metric/{name}/{key}": float(score) for key, score in zip(("precision", "recall", "f1", "overlap"), scores)}
+        found = {name: pairs}
+        if name == "note-with-offsets":
+            found["note-with-offsets-and-velocity"] = pairs[same_velocity(ref.velocities, ref.velocities[pairs[:, 0]], est.velocities[pairs[:, 1]])]
+        for kind, pairs in found.items():
+            scores = *f1_of(len(pairs), len(est), len(ref)), mir_eval.transcription.average_overlap_ratio(ref.intervals, est.intervals, pairs)
+            rows |= {f"metric/{kind}/{key}": float(score) for key, score in zip(("precision", "recall", "f1", "overlap"), scores)}
     return rows
 
 
-def predict(model: Transcriber, recordings: list[Recording]) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """Frame and onset logits of whole recordings, (T, 88) float32 each; one at a time, for an hour of them takes 79 MB."""
+def same_velocity(whole: np.ndarray, ref: np.ndarray, est: np.ndarray) -> np.ndarray:
+    """(P,) bool, whether the velocities of pairs, `ref` (P,) and `est` (P,), agree: within a tenth of the range that those of the `whole`
+    reference (N,) have, once `est` is scaled to fit best. As in Hawthorne et al. 2018: recordings tell of differences, not of a level."""
+    if not len(ref):
+        return np.zeros(0, dtype=bool)
+    line = np.stack([est, np.ones(len(est))], axis=1)
+    off = line @ np.linalg.lstsq(line, ref.astype(float), rcond=None)[0] - ref
+    return np.abs(off) < VELOCITY_TOLERANCE * max(1, np.ptp(whole))
+
+
+def predict(model: Transcriber, recordings: list[Recording]) -> Iterator[Heard]:
+    """What `infer` hears in whole recordings; one at a time, for an hour of it takes 89 MB."""
     for recording in tqdm(recordings, "listening", unit="recording", leave=False, disable=None):
-        yield tuple(logit.numpy() for logit in model.infer(recording.to_float()))
+        yield tuple(part.numpy() for part in model.infer(recording.to_float()))
 
 
 def logit_to_prob(logit: np.ndarray) -> np.ndarray:
@@ -168,44 +189,43 @@ def logit_to_prob(logit: np.ndarray) -> np.ndarray:
     return 0.5 * (1 + np.tanh(0.5 * logit))
 
 
-def estimated_notes(logits: tuple[np.ndarray, np.ndarray], thresholds: dict[str, float], onset_target: str) -> Notes:
-    """The notes in frame and onset logits, (T, 88) each; a model's `thresholds`, and the `onset_target` of its recipe."""
-    frame, onset = (logit_to_prob(logit) for logit in logits)
-    return extract_notes(onset, frame, thresholds["onset"], thresholds["frame"], onset_target)
+def estimated_notes(heard: Heard, thresholds: dict[str, float], onset_target: str) -> Notes:
+    """The notes in what was heard; a model's `thresholds`, and the `onset_target` of its recipe."""
+    frame_logit, onset_logit, *velocity = heard
+    return extract_notes(logit_to_prob(onset_logit), logit_to_prob(frame_logit), thresholds["onset"], thresholds["frame"], onset_target, *velocity)
 
 
-def score(recording: Recording, logits: tuple[np.ndarray, np.ndarray], thresholds: dict[str, float],
-          onset_target: str, reference: str = "midi") -> dict[str, float]:
+def score(recording: Recording, heard: Heard, thresholds: dict[str, float], onset_target: str, reference: str = "midi") -> dict[str, float]:
     """All metrics of one recording; losses, frame and onset scores against what the model was taught.
 
     `metric/frame/frame_*` are of all frames above the threshold; `metric/frame/notes_*` of those in which the estimated notes
     sound, which is the frame score of Hawthorne et al. 2018, and higher where a model takes for frames what no onset begins.
 
     Args:
-        logits: frame and onset, (T, 88) each.
-        thresholds, onset_target: as for `estimated_notes`.
+        heard, thresholds, onset_target: as for `estimated_notes`.
         reference: "midi" scores against the MIDI file's own seconds, as published tables do; "roll" against notes read
-            off the quantised rolls, as the course does, which hides up to 32 ms of error.
+            off the quantised rolls, as the course does, which hides up to 32 ms of error and has no velocities to score.
     """
-    frame_logit, onset_logit = logits
+    frame_logit, onset_logit = heard[:2]
     n_frames = len(frame_logit)
     target, frame_roll = notes_to_rolls(recording.notes, n_frames, 0, onset_target)
-    est = estimated_notes(logits, thresholds, onset_target)
+    est = estimated_notes(heard, thresholds, onset_target)
     ref = recording.notes if reference == "midi" else extract_notes(*notes_to_rolls(recording.notes, n_frames))
+    notes = {name: value for name, value in note_metrics(ref, est).items() if reference == "midi" or "velocity" not in name}
     bce = torch.nn.functional.binary_cross_entropy_with_logits
     losses = {f"metric/loss/{name}_loss": float(bce(torch.from_numpy(logit), torch.from_numpy(roll).float()))
               for name, logit, roll in (("frame", frame_logit, frame_roll), ("onset", onset_logit, target))}
     return {**losses, **roll_metrics("frame", frame_roll > 0, logit_to_prob(frame_logit) >= thresholds["frame"]),
             **roll_metrics("notes", frame_roll > 0, notes_to_rolls(est, n_frames)[1] > 0),
-            **roll_metrics("onset", target > 0, logit_to_prob(onset_logit) >= thresholds["onset"]), **note_metrics(ref, est)}
+            **roll_metrics("onset", target > 0, logit_to_prob(onset_logit) >= thresholds["onset"]), **notes}
 
 
-def tune_thresholds(recordings: list[Recording], logits: list[tuple[np.ndarray, np.ndarray]], onset_target: str) -> dict[str, float]:
+def tune_thresholds(recordings: list[Recording], heard: list[Heard], onset_target: str) -> dict[str, float]:
     """The onset threshold with the best mean note F1, then the frame threshold with the best mean of frame F1 and
     note-with-offsets F1, for both rest on it; of THRESHOLDS."""
     best = {"onset": 0.5, "frame": 0.5}
     rolls = [(notes_to_rolls(recording.notes, len(frame))[1] > 0, logit_to_prob(frame), logit_to_prob(onset))
-             for recording, (frame, onset) in zip(recordings, logits)]
+             for recording, (frame, onset, *_) in zip(recordings, heard)]
     for head, name in (("onset", "note"), ("frame", "note-with-offsets")):
         means = []
         for threshold in THRESHOLDS:
@@ -221,13 +241,37 @@ def tune_thresholds(recordings: list[Recording], logits: list[tuple[np.ndarray, 
     return best
 
 
+def fit_velocity(model: Transcriber, recordings: list[Recording]) -> None:
+    """Learn how velocities are read, `model.velocity`, by least squares over all strikes.
+
+    What counts are the differences between strikes of one recording: how loud it is as a whole tells more of its microphone than of
+    its pianist, so only the constant, at last, is chosen for the means. This method is our own.
+    """
+    still, sums, means = copy.deepcopy(model).eval(), [], []
+    for recording in recordings:
+        frames = recording.notes.frames[0]
+        inside = frames < recording.n_frames
+        if inside.any():
+            keys = torch.from_numpy(recording.notes.pitches[inside] - MIN_MIDI).long()
+            x = still.strikes(recording.to_float(), torch.from_numpy(frames[inside]).long(), keys).double()
+            y = torch.from_numpy(recording.notes.velocities[inside]).double()
+            means.append((x.mean(dim=0), y.mean()))
+            x, y = x - x.mean(dim=0), y - y.mean()
+            sums.append((x.T @ x, x.T @ y, len(y)))
+    if sums:
+        squares, products, n = (sum(column) for column in zip(*sums))
+        weights = torch.linalg.solve(squares + RIDGE * n * torch.eye(len(squares)), products)
+        weights[len(weights) // 2 - 1] = sum(y - x @ weights for x, y in means) / len(means)  # so far 0, for it is the constant's
+        model.velocity.copy_(weights)
+
+
 def evaluate_split(model: Transcriber, recordings: list[Recording], reference: str = "midi") -> tuple[list[dict[str, float]], list[Notes]]:
     """The metrics of each recording, with the model's own thresholds, and the notes heard in it."""
-    rows, heard = [], []
-    for recording, logits in zip(recordings, predict(model, recordings)):
-        rows.append(score(recording, logits, model.thresholds, model.recipe.onset_target, reference))
-        heard.append(estimated_notes(logits, model.thresholds, model.recipe.onset_target))
-    return rows, heard
+    rows, notes = [], []
+    for recording, parts in zip(recordings, predict(model, recordings)):
+        rows.append(score(recording, parts, model.thresholds, model.recipe.onset_target, reference))
+        notes.append(estimated_notes(parts, model.thresholds, model.recipe.onset_target))
+    return rows, notes
 
 
 def summarise(rows: list[dict[str, float]]) -> dict[str, tuple[float, float]]:
@@ -237,7 +281,7 @@ def summarise(rows: list[dict[str, float]]) -> dict[str, tuple[float, float]]:
 
 def format_table(summary: dict[str, tuple[float, float]]) -> str:
     """One line a metric: name, mean +- standard deviation."""
-    return "\n".join(f"{name:38}: {mean:.4f} +- {std:.4f}" for name, (mean, std) in summary.items())
+    return "\n".join(f"{name:47}: {mean:.4f} +- {std:.4f}" for name, (mean, std) in summary.items())
 
 
 def write_results(path: Path, recordings: list[Recording], rows: list[dict[str, float]], thresholds: dict[str, float],

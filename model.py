@@ -24,15 +24,17 @@ from devices import autocast, multiplies_bytes
 from files import written_whole
 from int8 import Int8ConvStack, Int8HarmonicStack
 from layers import BatchNorm, Dropout, PoolRectifyDrop, in_context, is_long, mean_over_ranks, read_in_pieces, side_by_side
+from notes import VELOCITY
 from recipe import RECIPES, Recipe
 from spectrogram import SIDE, LogMelSpectrogram, hertz_to_mel, power_without_pauses, shifted_filters, tuning_of, whole_parts
 
 # Base rates per frame and key (of onsets, as many as there are strikes), from MAESTRO v2: 7.13 M notes in 201.2 h; keys sound in about 3 % of all places.
 ONSET_RATE = 0.0036
 FRAME_RATE = 0.03
-# where the model `harmonic` reads a key: at these multiples of its frequency (half of it tells octaves apart) and PLACES semitones beside each; checkpoints depend on them
+# where a key is read by the model `harmonic`, and its velocity by all: at these multiples of its frequency (half of it tells octaves apart) and PLACES semitones beside each; checkpoints depend on them
 HARMONICS = (0.5, 1.0, 2.0, 3.0, 4.0, 5.0, 6.0, 7.0, 8.0, 10.0, 12.0, 15.0)
 PLACES = (-1 / 3, 0.0, 1 / 3)
+HEIGHTS = torch.linspace(-1, 1, N_KEYS)  # of the keys; by it weights of velocities differ
 AROUND = 24         # semitones to either side in which it hears what other keys do
 CONTEXT = 3         # frames that three 3 x 3 convolutions see to either side
 RELEASED = Path(__file__).parent / "runs" / "released" / "harmonic.pt"  # which of those that come with the code is used
@@ -89,8 +91,9 @@ class Transcriber(nn.Module):
     """What the transcribers share. A new one gives `convolve` and `recur`, and a row in MODELS.
 
     `convolve` looks at most CONTEXT frames to either side, so a long recording goes through it in chunks; `recur` sees the
-    whole. `thresholds` are the probabilities from which an onset and a frame count, and `level` is the root mean square of what
-    training lately heard, 0 before any; both travel in the checkpoint.
+    whole. `thresholds` are the probabilities from which an onset and a frame count, `level` is the root mean square of what
+    training lately heard, 0 before any, and `velocity` are the weights by which velocities are read, at first VELOCITY for all; the three
+    travel in the checkpoint.
     """
 
     def __init__(self, sizes: Sizes, recipe: Recipe) -> None:
@@ -98,6 +101,8 @@ class Transcriber(nn.Module):
         self.sizes, self.recipe = sizes, recipe
         self.thresholds = {"onset": 0.5, "frame": 0.5}
         self.register_buffer("level", torch.tensor(0.0))
+        self.register_buffer("harmonics", harmonic_filters(), persistent=False)
+        self.register_buffer("velocity", nn.functional.one_hot(torch.tensor(self.harmonics.shape[2] + 1), 2 * self.harmonics.shape[2] + 4).float() * VELOCITY)
         self.melspectrogram = LogMelSpectrogram()
         self.mel_norm = BatchNorm(N_MELS, affine=False) if recipe.normalise_mel else nn.Identity()
 
@@ -123,8 +128,11 @@ class Transcriber(nn.Module):
         """Features (B, T, C) -> frame logits and onset logits, (B, T, K) each."""
         raise NotImplementedError
 
+    def normalise(self, mel: Tensor) -> Tensor:
+        return self.mel_norm(mel.transpose(1, 2)).transpose(1, 2)
+
     def features(self, mel: Tensor) -> tuple[Tensor, ...]:
-        return self.convolve(self.mel_norm(mel.transpose(1, 2)).transpose(1, 2))
+        return self.convolve(self.normalise(mel))
 
     def forward(self, audio: Tensor, semitones: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """(B, S) float in [-1, 1] -> frame logits and onset logits, (B, S // HOP_SIZE, K) each; `semitones` (B,) sharper."""
@@ -172,19 +180,46 @@ class Transcriber(nn.Module):
         seconds = len(loud) * N_FFT / SAMPLE_RATE
         return (louder - louder.mean()) * seconds / (seconds + COLOUR_SECONDS)
 
+    @staticmethod
+    def struck(mel: Tensor) -> Tensor:
+        """(B, T, M) -> the same, each band the loudest that it is in a frame and the three after it: how the key sounds that is struck there."""
+        return nn.functional.max_pool1d(nn.functional.pad(mel.transpose(1, 2), (0, 3), value=-math.inf), 4, 1).transpose(1, 2)
+
     @torch.inference_mode()
-    def infer(self, audio: Tensor, chunk_frames: int = CHUNK_FRAMES) -> tuple[Tensor, Tensor]:
-        """Logits of one recording of any length and level: the convolutions in chunks, the recurrent layers over the whole.
+    def strikes(self, audio: Tensor, frames: Tensor, keys: Tensor) -> Tensor:
+        """What velocities are read from, in eval mode: strikes of `keys` (N,) in `frames` (N,) of a recording (S,) -> (N, 2 * (C + 2)),
+        the loudest log-mel at the key's harmonics, that of all bands, and 1; and these times the key's place in HEIGHTS. On the CPU."""
+        device, gain, filters = self.velocity.device, self.gain_for(audio), self.filters_for(audio)
+        filters = None if filters is None else filters.to(device)
+        mel = self.melspectrogram((audio * gain).to(device)[None], filters)
+        if self.recipe.normalise_mel:
+            mel = mel - self.colour_of(audio, gain, filters)
+        heard = self.struck(self.normalise(mel))[0].cpu()[frames]                                    # (N, M)
+        parts = torch.einsum("nm,mnc->nc", heard, self.harmonics.cpu()[:, keys])
+        parts = torch.cat([parts, heard.mean(dim=1, keepdim=True), torch.ones(len(keys), 1)], dim=1)
+        return torch.cat([parts, parts * HEIGHTS[keys, None]], dim=1)
+
+    def velocities(self, mel: Tensor) -> Tensor:
+        """Normalised (B, T, M) -> (B, T, K) uint8, the velocity of each key if it is struck in a frame."""
+        middle, higher = self.velocity.unflatten(0, (2, -1))
+        weights = middle + HEIGHTS[:, None].to(mel.device) * higher                                  # (K, C + 2)
+        parts, whole, constant = weights.split([self.harmonics.shape[2], 1, 1], dim=1)
+        bands = (self.harmonics * parts).sum(dim=2) + whole[:, 0] / N_MELS                           # (M, K)
+        return (self.struck(mel) @ bands + constant[:, 0]).round().clamp(1, 127).byte()
+
+    @torch.inference_mode()
+    def infer(self, audio: Tensor, chunk_frames: int = CHUNK_FRAMES) -> tuple[Tensor, Tensor, Tensor]:
+        """What is heard in one recording of any length and level: the convolutions in chunks, the recurrent layers over the whole.
 
         Args:
             audio: (S,) float in [-1, 1]; less than a frame of it is padded to one.
             chunk_frames: how many frames are convolved at a time. It changes speed and memory, not the result.
 
         Returns:
-            Frame logits and onset logits, (T, K) float32 each, on the CPU.
+            Frame logits and onset logits, (T, K) float32 each, and velocities as `velocities` has them, (T, K) uint8; on the CPU.
 
         Raises:
-            ValueError: they are not all numbers.
+            ValueError: the logits are not all numbers.
         """
         device = next(self.parameters()).device
         with autocast(device):
@@ -193,7 +228,7 @@ class Transcriber(nn.Module):
         filters = None if filters is None else filters.to(device)
         if self.recipe.normalise_mel:
             fast.mel_norm.running_mean += self.colour_of(audio, gain, filters)
-        whole: list[Tensor] = []  # what convolve gives, of all chunks; filled in place, because many small pieces fragment memory
+        whole: list[Tensor] = []  # what convolve gives, and velocities, of all chunks; filled in place, because many small pieces fragment memory
         one_at_a_time = threading.Lock()
 
         def listen(start: int) -> None:
@@ -203,20 +238,21 @@ class Transcriber(nn.Module):
             chunk = (audio[max(0, first) : last] * gain).to(device)
             chunk = nn.functional.pad(chunk, (max(0, -first), 0))
             chunk = nn.functional.pad(chunk, (0, last - first - len(chunk)))
-            features = fast.features(fast.melspectrogram.of_padded(chunk[None], filters))      # (1, T', C) each
+            mel = fast.normalise(fast.melspectrogram.of_padded(chunk[None], filters))          # (1, T', M)
+            heard = *fast.convolve(mel), fast.velocities(mel)                                  # (1, T', C) each
             with one_at_a_time:
                 if not whole:
-                    whole.extend(feature.new_empty(1, n_frames, feature.shape[2]) for feature in features)
-            for branch, feature in zip(whole, features):
-                branch[:, start:stop] = feature[:, start - low : stop - low]
+                    whole.extend(part.new_empty(1, n_frames, part.shape[2]) for part in heard)
+            for kept, part in zip(whole, heard):
+                kept[:, start:stop] = part[:, start - low : stop - low]
 
         with autocast(device):
             side_by_side(listen, range(0, n_frames, chunk_frames), device.type)
-            logits = fast.recur(*whole)
+            logits = fast.recur(*whole[:-1])
         logits = tuple(logit[0].float().cpu() for logit in logits)
         if not all(logit.sum().isfinite() for logit in logits):
             raise ValueError("what the model makes of a recording is not a number (NaN or infinity)")
-        return logits
+        return *logits, whole[-1][0].cpu()
 
 
 class Baseline(Transcriber):
@@ -343,7 +379,6 @@ class Harmonic(Transcriber):
     def __init__(self, sizes: Sizes, recipe: Recipe) -> None:
         super().__init__(sizes, recipe)
         units, (hidden, key_units, all_units) = 2 * sizes.cnn_unit, (math.ceil(sizes.fc_unit / share) for share in (4, 8, 16))
-        self.register_buffer("harmonics", harmonic_filters(), persistent=False)
         self.stack = HarmonicStack(self.harmonics.shape[2], units)
         self.key_fc, self.all_fc = nn.Linear(units, key_units), nn.Linear(units, all_units)
         self.around = nn.Sequential(nn.Conv2d(units, all_units, 1), nn.ReLU(inplace=True),
@@ -522,7 +557,7 @@ def model_of(state: dict[str, Any], path: str | Path) -> Transcriber:
         # what a recipe does not name came after it was written, and was then done as in the course's
         recipe = Recipe(**{**dataclasses.asdict(RECIPES["course"]), **state["recipe"]})
         model = build_model(state["model"], Sizes(**state["sizes"]), recipe)
-        model.load_state_dict({"level": model.level, **state["weights"]})  # which the course's checkpoints do not have
+        model.load_state_dict({"level": model.level, "velocity": model.velocity, **state["weights"]})  # which older ones and the course's do not have
         model.thresholds = {head: float(state["thresholds"][head]) for head in ("onset", "frame")}
     except (TypeError, ValueError, RuntimeError, KeyError, AttributeError) as error:
         raise ValueError(f"{path}: does not fit this version of the models ({textwrap.shorten(str(error), 160)})") from error

@@ -19,6 +19,7 @@ from files import written_whole
 
 PEDAL_DOWN = 64     # CC64 from which the sustain pedal holds; the MIDI standard's switch point
 SUSTAIN_PEDAL = 64  # MIDI controller number
+VELOCITY = 80       # of notes of which it is not known, mezzo-forte
 ONE_SAMPLE_BACK = np.array([0, 1 / SAMPLE_RATE])  # of the offset, not of the onset
 ONSET_PLACES = {"one": (0,), "two": (0, 1)}  # the frames of an onset, counted from that of its strike
 TICKS_PER_BEAT = 960  # at 120 BPM a tick is 0.52 ms

@@ -28,7 +28,7 @@ from commands import Help, exit_status_of, positive
 from constants import HOP_SIZE, SAMPLE_RATE
 from dataset import Recording, Segments, find_table, load_split
 from devices import autocast, keep_pages, pick_device, rank_and_world
-from evaluate import evaluate_split, format_table, predict, score, summarise, tune_thresholds, write_results
+from evaluate import evaluate_split, fit_velocity, format_table, predict, score, summarise, tune_thresholds, write_results
 from files import write_json, written_whole
 from layers import mean_over_ranks
 from model import (
@@ -50,6 +50,7 @@ MAX_NORM = 3.0           # of the gradient; Hawthorne et al. 2018
 WARM_UP = 100            # steps until the learning rate is at its peak; of a short run a tenth
 GPU_WORKERS = 4          # processes at most that cut segments for a GPU
 VALIDATION_SECONDS = 60  # of each validation recording, so that a whole MAESTRO does not stall training
+VELOCITY_RECORDINGS = 64  # at most of the training recordings that velocities are learnt from, for the same reason
 REPORTED = ("metric/loss/frame_loss", "metric/loss/onset_loss", "metric/frame/frame_f1", "metric/frame/onset_f1",
             "metric/note/f1", "metric/note-with-offsets/f1")
 CHOSEN_BY = ("metric/note/f1", "metric/note-with-offsets/f1")  # their mean: offsets still improve where notes alone only vary
@@ -206,12 +207,14 @@ def best_beside(resumed: Path, state: dict[str, Any]) -> Path:
     return resumed
 
 
-def validate(model: Transcriber, recordings: list[Recording]) -> dict[str, float]:
-    """Mean validation metrics; where the recipe says so, the model's thresholds are tuned on the same recordings first."""
-    logits = list(predict(model, recordings))
+def validate(model: Transcriber, recordings: list[Recording], training: list[Recording]) -> dict[str, float]:
+    """Mean validation metrics. First the model learns from `training` how to read velocities and, where the recipe says so, its
+    thresholds are tuned on the same recordings."""
+    fit_velocity(model, [recording.until(VALIDATION_SECONDS) for recording in training[:: -(-len(training) // VELOCITY_RECORDINGS)]])
+    heard = list(predict(model, recordings))
     if model.recipe.tune_thresholds:
-        model.thresholds = tune_thresholds(recordings, logits, model.recipe.onset_target)
-    rows = [score(recording, logit, model.thresholds, model.recipe.onset_target) for recording, logit in zip(recordings, logits)]
+        model.thresholds = tune_thresholds(recordings, heard, model.recipe.onset_target)
+    rows = [score(recording, each, model.thresholds, model.recipe.onset_target) for recording, each in zip(recordings, heard)]
     return {name: mean for name, (mean, _) in summarise(rows).items()}
 
 
@@ -433,7 +436,7 @@ def train(args: argparse.Namespace, data: dict[str, list[Recording]], device: to
                     writer.add_scalar(f"train/{name}", scalar, step)
             schedule.step()
             if validating and rank == 0:
-                scores = validate(model, validation)
+                scores = validate(model, validation, data["train"])
                 for name, mean in scores.items():
                     writer.add_scalar(name, mean, step)
                 log(f"step {step}\n" + "\n".join(f"{name:30}: {scores[name]:.4f}" for name in REPORTED))

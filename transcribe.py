@@ -88,9 +88,10 @@ def draw(path: Path, audio: np.ndarray, notes: Notes, ref: Notes | None = None) 
 
 def transcribe(model: Transcriber, audio: np.ndarray) -> tuple[Notes, np.ndarray, np.ndarray]:
     """Notes, and the onset and frame probabilities (T, 88) they were read from, of (S,) float32 audio; raises ValueError as `infer` does."""
-    frame_logit, onset_logit = (logit.numpy() for logit in model.infer(torch.from_numpy(audio)))
-    notes = estimated_notes((frame_logit, onset_logit), model.thresholds, model.recipe.onset_target)
-    return notes, logit_to_prob(onset_logit), logit_to_prob(frame_logit)
+    heard = tuple(part.numpy() for part in model.infer(torch.from_numpy(audio)))
+    notes = estimated_notes(heard, model.thresholds, model.recipe.onset_target)
+    frame, onset = (logit_to_prob(logit) for logit in heard[:2])
+    return notes, onset, frame
 
 
 def write_all(base: Path, audio: np.ndarray, notes: Notes, onset: np.ndarray, frame: np.ndarray, sound: bool) -> None:

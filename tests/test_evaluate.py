@@ -23,6 +23,7 @@ from evaluate import (
     evaluate_split,
     extract_notes,
     f1_of,
+    fit_velocity,
     format_table,
     logit_to_prob,
     note_metrics,
@@ -33,7 +34,7 @@ from evaluate import (
     write_results,
 )
 from model import Sizes, build_model, load_checkpoint
-from notes import ONSET_PLACES, Notes, frames_to_seconds, notes_to_rolls
+from notes import ONSET_PLACES, VELOCITY, Notes, frames_to_seconds, notes_to_rolls
 from recipe import RECIPES
 
 HOP = HOP_SIZE / SAMPLE_RATE  # seconds, 0.032
@@ -257,6 +258,56 @@ def test_strikes_at_the_edges_stay_inside(n_frames):
     assert notes.intervals[:, 0].max() <= n_frames * HOP_SIZE / SAMPLE_RATE
 
 
+@pytest.mark.parametrize("target", ONSET_PLACES)
+def test_velocities_are_those_of_the_frames_of_strikes(target):
+    notes = Notes([[0.5, 1.0], [1.03, 1.5], [1.55, 2.5]], [60, 64, 60], [30, 90, 120])
+    onset, frame = notes_to_rolls(notes, 100, 0, target)
+    velocity = np.full((100, N_KEYS), 1, np.uint8)
+    velocity[notes.frames[0], notes.pitches - MIN_MIDI] = notes.velocities
+    assert extract_notes(onset, frame, 0.5, 0.5, target, velocity).velocities.tolist() == [30, 90, 120]
+    assert set(extract_notes(onset, frame, 0.5, 0.5, target).velocities) == {VELOCITY}
+
+
+# --- velocities ---
+
+def struck(seed: int, gain: float, lowest: int = 20) -> Recording:
+    """Decaying tones with overtones, 20 dB for 60 steps of velocity; random keys, one or two at a time."""
+    random, seconds = np.random.default_rng(seed), np.arange(20 * SAMPLE_RATE) / SAMPLE_RATE
+    onsets = np.arange(0.2, 19, 0.2)
+    pitches, velocities = random.integers(40, 80, len(onsets)), random.integers(lowest, 110, len(onsets))
+    audio = np.zeros(len(seconds))
+    for onset, pitch, velocity in zip(onsets, pitches, velocities):
+        since = seconds[seconds >= onset] - onset
+        tone = sum(np.sin(2 * np.pi * n * 440 * 2 ** ((pitch - 69) / 12) * since) / n for n in (1, 2, 3, 4))
+        audio[len(audio) - len(since) :] += 0.05 * 10 ** ((velocity - 110) / 60) * np.exp(-6 * since) * tone
+    return Recording(str(seed), (gain * audio * 32767).astype(np.int16), Notes(np.stack([onsets, onsets + 0.3], 1), pitches, velocities))
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_velocities_are_learnt_from_strikes(recipe):
+    """From recordings of three levels, for a fourth, in training mode as elsewhere; nothing else of the model changes."""
+    torch.manual_seed(0)
+    model = build_model("rnn", Sizes(4, 8, 8), RECIPES[recipe])
+    training = [struck(seed, gain) for seed, gain in ((0, 1.0), (1, 0.3), (2, 0.1))]
+    model(torch.stack([recording.to_float() for recording in training]))
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    fit_velocity(model, training)
+    assert model.training and {name for name, value in model.state_dict().items() if not torch.equal(value, before[name])} == {"velocity"}
+    new = struck(3, 0.5)
+    velocity = model.infer(new.to_float())[2].numpy()
+    heard = velocity[new.notes.frames[0], new.notes.pitches - MIN_MIDI]
+    assert np.corrcoef(heard, new.notes.velocities)[0, 1] > 0.9 and abs(heard.mean() - 64) < 6
+
+
+def test_where_velocities_do_not_differ_they_are_all_the_same():
+    model = build_model("rnn", Sizes(4, 8, 8))
+    flat = struck(0, 0.5)
+    fit_velocity(model, [dataclasses.replace(flat, notes=Notes(flat.notes.intervals, flat.notes.pitches, np.full(len(flat.notes), 33)))])
+    assert set(model.infer(flat.to_float())[2].numpy().ravel()) == {33}
+    fit_velocity(model, [dataclasses.replace(flat, notes=Notes([], [], []))])
+    assert set(model.infer(flat.to_float())[2].numpy().ravel()) == {33}
+
+
 # --- metrics ---
 
 def some_notes() -> Notes:
@@ -310,8 +361,34 @@ def test_note_metrics_are_mir_evals(seed):
     est = Notes(np.maximum(ref.intervals + random.normal(0, 0.04, (60, 2)) + [[0, 0.06]], 0)[:50], ref.pitches[:50], [80] * 50)
     est = Notes(np.stack([est.intervals[:, 0], np.maximum(est.intervals[:, 1], est.intervals[:, 0] + 0.01)], 1), est.pitches, [80] * 50)
     row = note_metrics(ref, est)
-    assert list(row.values()) == pytest.approx(np.ravel(reference.note_scores(ref, est)).tolist())
+    assert list(row.values())[:8] == pytest.approx(np.ravel(reference.note_scores(ref, est)).tolist())
     assert 0.1 < row["metric/note-with-offsets/f1"] < row["metric/note/f1"] < 1
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_velocities_are_scored_as_mir_eval_has_it(seed):
+    random = np.random.default_rng(seed)
+    onsets = np.arange(60) / 4
+    ref = Notes(np.stack([onsets, onsets + 0.2], 1), random.integers(50, 60, 60), random.integers(20, 110, 60))
+    est = Notes(ref.intervals[5:] + 0.01, ref.pitches[5:], (ref.velocities[5:] // 2 + random.normal(40, 6, 55)).clip(1, 127))
+    row = note_metrics(ref, est)
+    theirs = mir_eval.transcription_velocity.precision_recall_f1_overlap(
+        ref.intervals, mir_eval.util.midi_to_hz(ref.pitches), ref.velocities, est.intervals, mir_eval.util.midi_to_hz(est.pitches), est.velocities)
+    assert list(row.values())[8:] == pytest.approx(list(theirs))
+    assert 0.3 < row["metric/note-with-offsets-and-velocity/f1"] < 0.9 < row["metric/note-with-offsets/f1"]
+
+
+def test_velocities_by_hand():
+    """Half of what it is and 1 more is right; one of forty that lies 10 off the line of the others is 20 off, where a tenth of the range
+    is 7.8. Of notes that are all of one velocity, and of one note, every estimate is right."""
+    ref = Notes([[t, t + 0.5] for t in range(40)], [60] * 40, np.arange(20, 100, 2))
+    for off, hits in ((0, 40), (10, 39)):
+        row = note_metrics(ref, Notes(ref.intervals, ref.pitches, ref.velocities // 2 + 1 + off * (np.arange(40) == 20)))
+        assert row["metric/note-with-offsets-and-velocity/f1"] == hits / 40 and row["metric/note-with-offsets/f1"] == 1
+    flat = Notes(ref.intervals, ref.pitches, [64] * 40)
+    assert note_metrics(flat, ref)["metric/note-with-offsets-and-velocity/f1"] == 1
+    assert note_metrics(ref, flat)["metric/note-with-offsets-and-velocity/f1"] < 0.5
+    assert note_metrics(ref.until(0.5), ref.until(0.5))["metric/note-with-offsets-and-velocity/f1"] == 1
 
 
 def test_scoring_many_notes_takes_little_memory():
@@ -330,7 +407,7 @@ def test_scoring_many_notes_takes_little_memory():
 def test_nothing_to_find_or_nothing_found_scores_zero(ref, est):
     none = Notes([], [], [])
     row = note_metrics(some_notes() if ref else none, some_notes() if est else none)
-    assert len(row) == 8 and set(row.values()) == {0.0}
+    assert len(row) == 12 and set(row.values()) == {0.0}
 
 
 @pytest.mark.parametrize("seed", range(3))
@@ -508,7 +585,7 @@ def test_the_command_scores_a_folder(reference, data_folder, checkpoint, tmp_pat
     assert written["recordings"] == [pytest.approx(row) for row in expected]
     assert written["reference"] == reference and written["split"] == "test"
     for name, (mean, std) in summarise(expected).items():
-        assert f"{name:38}: {mean:.4f} +- {std:.4f}\n" in out
+        assert f"{name:47}: {mean:.4f} +- {std:.4f}\n" in out
     with open(tmp_path / "out" / f"small_test_{reference}.csv", newline="") as file:
         assert [row["recording"] for row in csv.DictReader(file)] == ["r4.flac", "r5.flac"]
     assert len(list((tmp_path / "out").iterdir())) == 2

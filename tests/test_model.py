@@ -41,6 +41,7 @@ from model import (
     save_checkpoint,
     share_checkpoint,
 )
+from notes import VELOCITY
 from recipe import RECIPES, parse_recipe
 
 SMALL = Sizes(4, 8, 8)
@@ -66,7 +67,12 @@ def lively(name: str, recipe: str = "default") -> Transcriber:
         for parameter in model.parameters():
             if parameter.dim() > 1:
                 parameter.mul_(2)
+    model.velocity[:-1] += 2 * torch.randn(len(model.velocity) - 1, generator=torch.Generator().manual_seed(3))
     return model.eval()
+
+
+def logits(model: Transcriber, audio: Tensor) -> tuple[Tensor, ...]:
+    return model.infer(audio)[:2]
 
 
 @pytest.fixture
@@ -323,8 +329,8 @@ def test_a_segment_can_be_heard_sharper(monkeypatch):
 def test_a_piano_out_of_tune_is_heard_as_one_in_tune(semitones, monkeypatch):
     """Where its tones are loud, the layers behind the spectrogram get what they get of one in tune; in the colour, too."""
     model, seen = lively("rnn"), []
-    features = type(model).features
-    monkeypatch.setattr(type(model), "features", lambda self, mel: seen.append(mel[0, 5:-5] - self.mel_norm.running_mean) or features(self, mel))
+    normalise = type(model).normalise
+    monkeypatch.setattr(type(model), "normalise", lambda self, mel: seen.append(mel[0, 5:-5] - self.mel_norm.running_mean) or normalise(self, mel))
     weights = {name: value.clone() for name, value in model.state_dict().items()}
     time = torch.arange(100 * HOP_SIZE) / constants.SAMPLE_RATE
 
@@ -348,6 +354,34 @@ def test_a_model_that_knows_no_level_hears_recordings_as_they_are(tones):
     assert build_model("rnn", SMALL).filters_for(audio) is None and lively("rnn").filters_for(noise(9 * HOP_SIZE)) is None
 
 
+# --- velocities ---
+
+@pytest.mark.parametrize("name, recipe", [("harmonic", "default"), ("onf", "default"), ("rnn", "course")])
+def test_velocities_are_read_from_strikes(name, recipe, float32):
+    """At every key and frame, the last among them: what is read is weighted by the key's height."""
+    model, audio = lively(name, recipe), noise(20 * HOP_SIZE)
+    frames, keys = torch.cartesian_prod(torch.arange(20), torch.arange(N_KEYS)).T
+    expected = (model.strikes(audio, frames, keys) @ model.velocity).clamp(1, 127).view(20, N_KEYS)
+    velocity = model.infer(audio, chunk_frames=7)[2]
+    assert velocity.dtype == torch.uint8 and (velocity - expected).abs().max() < 0.51 and expected.std() > 5
+    assert (expected[:, 0].mean() - expected[:, -1].mean()).abs() > 1
+
+
+def test_what_is_struck_is_the_loudest_of_four_frames():
+    mel = torch.tensor([5.0, 1.0, 2.0, 0.0, 3.0, -1.0, -2.0])[None, :, None].repeat(2, 1, 3)
+    assert Transcriber.struck(mel)[1, :, 2].tolist() == [5, 3, 3, 3, 3, -1, -2]
+
+
+def test_a_model_that_learnt_no_velocities_gives_one_to_all(tmp_path):
+    model = build_model("rnn", SMALL)
+    assert (model.infer(noise(9 * HOP_SIZE))[2] == VELOCITY).all()
+    save_checkpoint(tmp_path / "old.pt", model)
+    state = read_checkpoint(tmp_path / "old.pt")
+    del state["weights"]["velocity"]
+    torch.save(state, tmp_path / "old.pt")
+    assert torch.equal(load_checkpoint(tmp_path / "old.pt").velocity, model.velocity)
+
+
 # --- inference in chunks ---
 
 LENGTHS = (0, 1, 100, HOP_SIZE, 7 * HOP_SIZE, 8 * HOP_SIZE, 8 * HOP_SIZE + 1, 9 * HOP_SIZE - 1, 10 * HOP_SIZE, 11 * HOP_SIZE + 5,
@@ -361,8 +395,9 @@ def test_chunked_equals_whole_equals_forward(name, recipe, float32):
     spread = 0.0
     for n_samples in LENGTHS:
         audio = noise(n_samples, seed=n_samples)
-        chunked = model.infer(audio, chunk_frames=8)
-        whole = model.infer(audio, chunk_frames=1000)
+        *chunked, velocity = model.infer(audio, chunk_frames=8)
+        *whole, also = model.infer(audio, chunk_frames=1000)
+        assert velocity.shape == (len(chunked[0]), N_KEYS) and (velocity.int() - also.int()).abs().max() <= 1
         padded = nn.functional.pad(audio * model.gain_for(audio), (0, max(0, HOP_SIZE - n_samples)))
         alike = copy.deepcopy(model)
         if model.recipe.normalise_mel:
@@ -395,7 +430,7 @@ def test_training_remembers_how_loud_it_is():
 def test_a_recording_is_heard_alike_at_any_level(times, float32):
     model, audio = lively("harmonic"), noise(20 * HOP_SIZE)
     audio[5 * HOP_SIZE :] *= 0.3
-    for a, b in zip(model.infer(audio), model.infer(times * audio)):
+    for a, b in zip(logits(model, audio), logits(model, times * audio)):
         assert a.std() > 0.01 and (a - b).abs().max() < 1e-3
 
 
@@ -474,7 +509,7 @@ def test_recordings_of_other_colours_are_heard_more_alike(monkeypatch, float32):
     heard, _ = equalised(audio, 12)
 
     def difference() -> Tensor:
-        return torch.stack([(a - b).abs().mean() for a, b in zip(model.infer(audio), model.infer(heard))])
+        return torch.stack([(a - b).abs().mean() for a, b in zip(logits(model, audio), logits(model, heard))])
 
     here = difference()
     assert all(torch.equal(weights[name], value) for name, value in model.state_dict().items())
@@ -508,14 +543,14 @@ def test_default_chunks_meet_without_a_seam(float32):
 @pytest.mark.parametrize("n_frames", [9, 16, 17])
 def test_recurrent_layers_infer_piece_by_piece(name, n_layers, n_frames, float32, monkeypatch):
     model, audio = lively(name), noise(n_frames * HOP_SIZE)
-    whole = model.infer(audio)
+    whole = logits(model, audio)
     read, calls = layers.read_in_pieces, []
     for module in (layers, model_module):
         monkeypatch.setattr(module, "read_in_pieces", lambda *args: calls.append(args) or read(*args))
     model.infer(audio)
     assert not calls
     monkeypatch.setattr(layers, "LONG_FRAMES", 8)
-    pieces = model.infer(audio)
+    pieces = logits(model, audio)
     for a, b in zip(whole, pieces):
         assert a.std() > 0 and (a - b).abs().max() < 1e-5
     assert len(calls) == n_layers
@@ -524,9 +559,9 @@ def test_recurrent_layers_infer_piece_by_piece(name, n_layers, n_frames, float32
 @pytest.mark.parametrize("name", ["onf", "harmonic"])
 def test_pieces_are_as_exact_as_the_whole_under_autocast(name, monkeypatch):
     model, audio = lively(name), noise(17 * HOP_SIZE)
-    whole = model.infer(audio)
+    whole = logits(model, audio)
     monkeypatch.setattr(layers, "LONG_FRAMES", 8)
-    for a, b in zip(whole, model.infer(audio)):
+    for a, b in zip(whole, logits(model, audio)):
         assert (a - b).abs().max() < 0.07 < a.std()
 
 
@@ -560,7 +595,7 @@ def test_long_audio_outside_inference_has_gradients(float32, monkeypatch):
 
 def test_audio_shorter_than_a_frame_gives_one(float32):
     for n_samples in (0, 1, HOP_SIZE - 1):
-        frame, onset = lively("crnn").infer(torch.zeros(n_samples))
+        frame, onset, _ = lively("crnn").infer(torch.zeros(n_samples))
         assert frame.shape == onset.shape == (1, N_KEYS) and torch.isfinite(frame).all()
 
 
@@ -589,7 +624,7 @@ def test_what_is_not_a_number_is_no_logit(name):
 
 
 def test_inference_makes_no_graph_and_is_float32_under_autocast():
-    frame, onset = lively("onf").infer(noise(9 * HOP_SIZE), chunk_frames=4)
+    frame, onset, _ = lively("onf").infer(noise(9 * HOP_SIZE), chunk_frames=4)
     assert not frame.requires_grad and frame.dtype == onset.dtype == torch.float32
 
 
@@ -667,7 +702,7 @@ def test_the_state_of_the_course_baseline_has_the_courses_names():
     assert {"frame_conv_stack.cnn.0.weight", "frame_conv_stack.cnn.1.running_mean", "frame_conv_stack.cnn.3.weight",
             "frame_conv_stack.cnn.8.weight", "frame_conv_stack.cnn.9.running_var", "frame_conv_stack.fc.0.weight", "frame_fc.weight",
             "onset_conv_stack.cnn.0.weight", "onset_fc.bias"} <= names
-    heads = ("frame_conv_stack.", "frame_fc.", "onset_conv_stack.", "onset_fc.", "melspectrogram.", "level")
+    heads = ("frame_conv_stack.", "frame_fc.", "onset_conv_stack.", "onset_fc.", "melspectrogram.", "level", "velocity")
     assert all(name.startswith(heads) for name in names)
 
 

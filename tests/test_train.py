@@ -343,7 +343,7 @@ def test_the_best_is_so_in_notes_and_in_offsets(data_folder, tmp_path, monkeypat
     """One step that finds a few more notes is not better than one whose notes end right."""
     given = iter([(0.90, 0.50), (0.89, 0.60)])
 
-    def validate(model, recordings):
+    def validate(model, recordings, training):
         note, with_offsets = next(given)
         return dict.fromkeys(train.REPORTED, 0.0) | {"metric/note/f1": note, "metric/note-with-offsets/f1": with_offsets}
 
@@ -752,7 +752,7 @@ def test_validation_tunes_thresholds_where_the_recipe_says_so(recipe, data_folde
     (onset, frame), = [notes_to_rolls(recording.notes, recording.n_frames) for recording in recordings]
     monkeypatch.setattr(train, "predict", lambda *_: [tuple(np.where(roll > 0, -0.5, -4).astype(np.float32) for roll in (frame, onset))])
     model = build_model("rnn", Sizes(4, 8, 8), RECIPES[recipe])
-    scores = train.validate(model, recordings)
+    scores = train.validate(model, recordings, load_split(data_folder, "train"))
     tuned = RECIPES[recipe].tune_thresholds
     assert (scores["metric/note/f1"], scores["metric/note-with-offsets/f1"]) == ((1, 1) if tuned else (0, 0))
     assert (max(model.thresholds.values()) < 0.38) == tuned and model.training

@@ -1,7 +1,8 @@
 """Average checkpoints of one run, or of it and what it began with: `python runs/released/average.py A.pt B.pt … OUT.pt --data FOLDER …`.
 
 After Izmailov et al., UAI 2018: what the last checkpoints of a run agree on holds better elsewhere than any one of them, and
-costs nothing. Their batch norms' statistics are averaged like weights. The thresholds are tuned anew on the data's validation split, in full; all else the checkpoint says is of the last one named.
+costs nothing. Their batch norms' statistics are averaged like weights. The thresholds are tuned anew on the data's validation split, in full, and how velocities
+are read is learnt anew from its training split; all else the checkpoint says is of the last one named.
 """
 
 import argparse
@@ -22,7 +23,7 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("checkpoints", type=Path, nargs="+", help="of the same model, sizes and recipe")
     parser.add_argument("out", type=Path, help="checkpoint to write, a new one, which evaluate.py can --share")
-    parser.add_argument("--data", nargs="+", required=True, help="folders with a validation split")
+    parser.add_argument("--data", nargs="+", required=True, help="folders, some with a training and some with a validation split")
     args = parser.parse_args(argv)
     try:
         if args.out.exists():
@@ -36,9 +37,9 @@ def main(argv: list[str] | None = None) -> int:
         mean = {name: value for name, value in states[-1].items() if name not in ("optimizer", "scheduler")} | {"weights": weights}
         model = model_of(mean, args.checkpoints[-1])
         keep_pages()
-        scores = validate(model, load_split(args.data, "validation"))
+        scores = validate(model, load_split(args.data, "validation"), load_split(args.data, "train"))
         print("\n".join(f"{name:30}: {scores[name]:.4f}" for name in REPORTED))
-        write_state(args.out, mean | {"thresholds": model.thresholds})
+        write_state(args.out, mean | {"thresholds": model.thresholds, "weights": model.state_dict()})
     except (OSError, ValueError) as error:
         print(f"average.py: {error}", file=sys.stderr)
         return 1
