@@ -199,13 +199,12 @@ class Transcriber(nn.Module):
         parts = torch.cat([parts, heard.mean(dim=1, keepdim=True), torch.ones(len(keys), 1)], dim=1)
         return torch.cat([parts, parts * HEIGHTS[keys, None]], dim=1)
 
-    def velocities(self, mel: Tensor) -> Tensor:
-        """Normalised (B, T, M) -> (B, T, K) uint8, the velocity of each key if it is struck in a frame."""
+    def velocity_map(self) -> tuple[Tensor, Tensor]:
+        """(M, K) and (K,), what `struck` bands are multiplied by and added to: the velocity of each key if it is struck there."""
         middle, higher = self.velocity.unflatten(0, (2, -1))
-        weights = middle + HEIGHTS[:, None].to(mel.device) * higher                                  # (K, C + 2)
+        weights = middle + HEIGHTS[:, None].to(middle.device) * higher                               # (K, C + 2)
         parts, whole, constant = weights.split([self.harmonics.shape[2], 1, 1], dim=1)
-        bands = (self.harmonics * parts).sum(dim=2) + whole[:, 0] / N_MELS                           # (M, K)
-        return (self.struck(mel) @ bands + constant[:, 0]).round().clamp(1, 127).byte()
+        return (self.harmonics * parts).sum(dim=2) + whole[:, 0] / N_MELS, constant[:, 0]
 
     @torch.inference_mode()
     def infer(self, audio: Tensor, chunk_frames: int = CHUNK_FRAMES) -> tuple[Tensor, Tensor, Tensor]:
@@ -216,7 +215,7 @@ class Transcriber(nn.Module):
             chunk_frames: how many frames are convolved at a time. It changes speed and memory, not the result.
 
         Returns:
-            Frame logits and onset logits, (T, K) float32 each, and velocities as `velocities` has them, (T, K) uint8; on the CPU.
+            Frame logits and onset logits, (T, K) float32 each, and the velocity of each key if it is struck in a frame, (T, K) uint8; on the CPU.
 
         Raises:
             ValueError: the logits are not all numbers.
@@ -230,6 +229,7 @@ class Transcriber(nn.Module):
             fast.mel_norm.running_mean += self.colour_of(audio, gain, filters)
         whole: list[Tensor] = []  # what convolve gives, and velocities, of all chunks; filled in place, because many small pieces fragment memory
         one_at_a_time = threading.Lock()
+        bands, constant = self.velocity_map()
 
         def listen(start: int) -> None:
             stop = min(start + chunk_frames, n_frames)
@@ -239,7 +239,8 @@ class Transcriber(nn.Module):
             chunk = nn.functional.pad(chunk, (max(0, -first), 0))
             chunk = nn.functional.pad(chunk, (0, last - first - len(chunk)))
             mel = fast.normalise(fast.melspectrogram.of_padded(chunk[None], filters))          # (1, T', M)
-            heard = *fast.convolve(mel), fast.velocities(mel)                                  # (1, T', C) each
+            velocity = (self.struck(mel) @ bands + constant).round().clamp(1, 127).byte()      # (1, T', K)
+            heard = *fast.convolve(mel), velocity                                              # (1, T', C) each
             with one_at_a_time:
                 if not whole:
                     whole.extend(part.new_empty(1, n_frames, part.shape[2]) for part in heard)
