@@ -208,8 +208,8 @@ def best_beside(resumed: Path, state: dict[str, Any]) -> Path:
 
 
 def validate(model: Transcriber, recordings: list[Recording], training: list[Recording]) -> dict[str, float]:
-    """Mean validation metrics. First the model learns from `training` how to read velocities and, where the recipe says so, its
-    thresholds are tuned on the same recordings."""
+    """Mean metrics of validation `recordings`. First the model learns from those of `training` how to read velocities and, where the recipe
+    says so, its thresholds are tuned on `recordings`."""
     fit_velocity(model, [recording.until(VALIDATION_SECONDS) for recording in training[:: -(-len(training) // VELOCITY_RECORDINGS)]])
     heard = list(predict(model, recordings))
     if model.recipe.tune_thresholds:
