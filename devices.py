@@ -23,6 +23,11 @@ def multiplies_bytes(device: torch.device) -> bool:
     return device.type == "cpu" and torch.cpu._is_avx2_supported() and torch.backends.mkldnn.is_available()
 
 
+def has_avx2_alone() -> bool:
+    """Whether this is an x86 CPU with AVX2 and nothing newer, as most laptops have."""
+    return torch.cpu._is_avx2_supported() and not torch.cpu._is_avx512_supported()
+
+
 def rank_and_world() -> tuple[int, int]:
     """This process's number and how many train together; (0, 1) without torchrun."""
     return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)

@@ -23,7 +23,7 @@ from constants import F_MAX, F_MIN, HOP_SIZE, MIN_MIDI, N_FFT, N_KEYS, N_MELS, S
 from devices import autocast, multiplies_bytes
 from files import written_whole
 from int8 import Int8ConvStack, Int8HarmonicStack
-from layers import BatchNorm, Dropout, PoolRectifyDrop, in_context, is_long, mean_over_ranks, read_in_pieces, side_by_side
+from layers import BatchNorm, Conv2d, Dropout, PoolRectifyDrop, in_context, is_long, mean_over_ranks, read_in_pieces, side_by_side
 from notes import VELOCITY
 from recipe import RECIPES, Recipe
 from spectrogram import SIDE, LogMelSpectrogram, hertz_to_mel, power_without_pauses, shifted_filters, tuning_of, whole_parts
@@ -59,10 +59,10 @@ class ConvStack(nn.Module):
     def __init__(self, n_mels: int, cnn_unit: int, fc_unit: int, dropout: float = 0.5) -> None:
         super().__init__()
         self.cnn = nn.Sequential(
-            nn.Conv2d(1, cnn_unit, 3, padding=1), BatchNorm(cnn_unit), nn.ReLU(inplace=True),
-            nn.Conv2d(cnn_unit, cnn_unit, 3, padding=1), BatchNorm(cnn_unit), PoolRectifyDrop(dropout / 2),
+            Conv2d(1, cnn_unit, 3, padding=1), BatchNorm(cnn_unit), nn.ReLU(inplace=True),
+            Conv2d(cnn_unit, cnn_unit, 3, padding=1), BatchNorm(cnn_unit), PoolRectifyDrop(dropout / 2),
             nn.Identity(), nn.Identity(),  # so that layers have the numbers they have in the course's checkpoints
-            nn.Conv2d(cnn_unit, cnn_unit * 2, 3, padding=1), BatchNorm(cnn_unit * 2), PoolRectifyDrop(dropout / 2))
+            Conv2d(cnn_unit, cnn_unit * 2, 3, padding=1), BatchNorm(cnn_unit * 2), PoolRectifyDrop(dropout / 2))
         self.fc = nn.Sequential(nn.Linear(cnn_unit * 2 * (n_mels // 4), fc_unit), Dropout(dropout))
 
     def forward(self, mel: Tensor) -> Tensor:
@@ -359,7 +359,7 @@ class HarmonicStack(nn.Module):
     @staticmethod
     def layer(inputs: int, units: int, frames: int, keys: int, apart: int = 1) -> tuple[nn.Module, ...]:
         padding = (frames // 2, keys // 2 * apart)
-        return nn.Conv2d(inputs, units, (frames, keys), padding=padding, dilation=(1, apart)), BatchNorm(units), nn.ReLU(inplace=True)
+        return Conv2d(inputs, units, (frames, keys), padding=padding, dilation=(1, apart)), BatchNorm(units), nn.ReLU(inplace=True)
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, C, T, K) -> (B, units, T, K)."""
@@ -382,8 +382,8 @@ class Harmonic(Transcriber):
         units, (hidden, key_units, all_units) = 2 * sizes.cnn_unit, (math.ceil(sizes.fc_unit / share) for share in (4, 8, 16))
         self.stack = HarmonicStack(self.harmonics.shape[2], units)
         self.key_fc, self.all_fc = nn.Linear(units, key_units), nn.Linear(units, all_units)
-        self.around = nn.Sequential(nn.Conv2d(units, all_units, 1), nn.ReLU(inplace=True),
-                                    nn.Conv2d(all_units, key_units, (1, 2 * AROUND + 1), padding=(0, AROUND)))
+        self.around = nn.Sequential(Conv2d(units, all_units, 1), nn.ReLU(inplace=True),
+                                    Conv2d(all_units, key_units, (1, 2 * AROUND + 1), padding=(0, AROUND)))
         for parameter in self.around[2].parameters():
             nn.init.zeros_(parameter)  # at first a key hears itself
         self.lstm = nn.LSTM(key_units + all_units, hidden, batch_first=True, bidirectional=True)

@@ -6,7 +6,41 @@ import torch
 from torch import nn
 
 import layers
-from layers import BatchNorm, Dropout, PoolRectifyDrop, in_context
+from layers import BatchNorm, Conv2d, Dropout, PoolRectifyDrop, in_context
+
+
+@pytest.mark.parametrize("kernel, padding, dilation", [
+    ((3, 3), (1, 1), (1, 1)), ((1, 5), (0, 24), (1, 12)), ((1, 49), (0, 24), (1, 1)), ((1, 1), (0, 0), (1, 1)), ((3, 2), (0, 3), (2, 1))])
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize("threads", [1, 2, 3])
+def test_a_convolution_has_torchs_gradients_where_only_avx2_is(kernel, padding, dilation, layout, threads, monkeypatch):
+    torch.manual_seed(0)
+    monkeypatch.setattr(layers, "CHUNK_PLACES", 100)  # so that a sample is several chunks, and no whole number of them
+    theirs = nn.Conv2d(5, 7, kernel, padding=padding, dilation=dilation)
+    ours = Conv2d(5, 7, kernel, padding=padding, dilation=dilation)
+    ours.load_state_dict(theirs.state_dict())
+    x = torch.randn(2, 5, 13, 60).to(memory_format=layout)
+    before, found = torch.get_num_threads(), []
+    try:
+        torch.set_num_threads(threads)
+        for alone, layer in ((False, theirs), (True, ours)):
+            monkeypatch.setattr(layers, "has_avx2_alone", lambda alone=alone: alone)
+            heard = x.clone().requires_grad_()
+            y = layer(heard)
+            assert (type(y.grad_fn).__name__ == "ConvolvedByTapsBackward") == alone
+            y.square().sum().backward()
+            found.append([y, heard.grad, layer.weight.grad, layer.bias.grad])
+    finally:
+        torch.set_num_threads(before)
+    for expected, given in zip(*found):
+        torch.testing.assert_close(given, expected, rtol=1e-4, atol=1e-3)
+
+
+def test_a_convolution_is_torchs_own_elsewhere(monkeypatch):
+    for alone, inputs, autocast in ((False, 5, False), (True, 1, False), (True, 5, True)):
+        monkeypatch.setattr(layers, "has_avx2_alone", lambda alone=alone: alone)
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            assert "ByTaps" not in type(Conv2d(inputs, 2, 3)(torch.randn(1, inputs, 4, 4)).grad_fn).__name__
 
 
 @pytest.mark.parametrize("p", [0.1, 0.25, 0.5])
