@@ -43,7 +43,7 @@ from dataset import COLUMNS, Recording, Segments, load_split  # noqa: E402
 from devices import autocast, pick_device  # noqa: E402
 from evaluate import estimated_notes, extract_notes, note_metrics  # noqa: E402
 from files import write_json  # noqa: E402
-from model import Sizes, build_model, load_checkpoint, read_checkpoint, save_checkpoint  # noqa: E402
+from model import Sizes, build_model, load_checkpoint, save_checkpoint  # noqa: E402
 from notes import Notes, notes_to_rolls, write_midi  # noqa: E402
 
 SIZES = Sizes()
@@ -404,20 +404,22 @@ def bench_scaling(args: argparse.Namespace) -> list[Row]:
 
 
 def training_run(args: argparse.Namespace, folder: Path, fast: bool) -> Work:
-    """A run of train.py up to its last validation, as it is or in float32."""
+    """A run of train.py up to its last validation, as it is or in float32; gives the scores that training is judged by."""
     flags = {name: getattr(args, name) for name in ("iterations", "batch_size", "sequence_length", "device")}
     flags |= {"validation_interval": args.iterations, "logdir": folder / str(fast), "cnn_unit": SIZES.cnn_unit, "fc_unit": SIZES.fc_unit}
 
     def work() -> Numbers:
+        scores, validate = {}, train.validate
         with contextlib.ExitStack() as stack:
             stack.enter_context(mock.patch.object(train, "test", lambda *_: None))  # the test split stays unseen
+            stack.enter_context(mock.patch.object(train, "validate", lambda *given: scores.update(validate(*given)) or scores))
             for module in () if fast else (train, model):
                 stack.enter_context(mock.patch.object(module, "autocast", lambda device: contextlib.nullcontext()))
             if not fast:
                 stack.enter_context(mock.patch.object(model, "multiplies_bytes", lambda device: False))
             if train.main(["--data", *args.data, *(f"--{name}={value}" for name, value in flags.items())]):
                 raise OSError("train.py did not come to its end")
-        return {"f1": read_checkpoint(flags["logdir"] / f"model-{args.iterations}.pt")["best"]}
+        return {name: scores[name] for name in train.CHOSEN_BY}
     return work
 
 
@@ -426,7 +428,7 @@ def bench_accuracy(args: argparse.Namespace) -> list[Row]:
         found = take_turns(1, {name: partial(training_run, args, Path(folder), name == "ours") for name in ("ours", "float32")}, unmeasured=0)
     ours, base = found["ours"], found["float32"]
     return [Row(f"{args.iterations} steps of {args.batch_size} x {args.sequence_length}", ours["seconds"], base["seconds"], "float32"),
-            Row("- validation note F1", ours["f1"], base["f1"], "float32", unit="")]
+            *(Row(f"- validation {name.removeprefix('metric/')}", ours[name], base[name], "float32", unit="") for name in train.CHOSEN_BY)]
 
 
 # --- the command ---

@@ -100,7 +100,7 @@ def test_flops_are_counted():
     ("data", ["loading 2 x 2 s, second time", "labels of 2 min", "- peak memory with 0.2 h of data"]),
     ("decode", ["decoding 0.5 min", "scoring 1 min", "- peak memory"]),
     ("startup", ["train.py --help", "prepare.py --help"]),
-    ("accuracy", ["1 steps of 2 x 16384", "- validation note F1"])])
+    ("accuracy", ["1 steps of 2 x 16384", "- validation note/f1", "- validation note-with-offsets/f1"])])
 def test_every_part_runs(which, lines, toy, data_folder, tmp_path, capsys):
     assert bench.main([which, *toy, "--data", str(data_folder)]) == 0
     report = json.loads((tmp_path / "bench.json").read_text())
