@@ -76,8 +76,8 @@ class JointlyNormalised(torch.autograd.Function):
 
 
 class Conv2d(nn.Conv2d):
-    """nn.Conv2d of stride 1 and one group that learns faster on CPUs with AVX2 alone: there the gradient of the weights, as oneDNN
-    computes it in channels-last memory, takes four times as long as all else of the convolution."""
+    """nn.Conv2d of stride 1 and one group that learns faster on CPUs with AVX2 alone: there oneDNN takes up to four times as long for
+    the gradient of the weights in channels-last memory, which was most of a training step."""
 
     def forward(self, x: Tensor) -> Tensor:
         by_taps = (has_avx2_alone() and x.device.type == "cpu" and torch.is_grad_enabled() and self.in_channels > 1

@@ -1,7 +1,10 @@
 """Each notebook runs from top to bottom on the demo data, and is committed small, whole and clean."""
 
+import os
 import re
 import shutil
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
 import nbformat
@@ -16,15 +19,34 @@ CELL_SECONDS = 300  # a cell that takes longer has hung
 MACHINE = re.compile(r"(?<![\w.])/(?:home|root|tmp|var|usr|opt|Users|work)/|[A-Z]:\\|ipykernel_\d")
 
 
-@pytest.fixture(scope="session")
-def project(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A copy of the modules and notebooks, in which the first notebook makes the demo set for all of them."""
+@pytest.fixture(scope="module")
+def running(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Future]]:
+    """The chosen notebooks being run in a copy of the project: the first alone, for it makes the demo set, the rest as many at a time as there are cores."""
     folder = tmp_path_factory.mktemp("project")
     for module in ROOT.glob("*.py"):
         shutil.copy(module, folder)
     shutil.copytree(ROOT / "notebooks", folder / "notebooks", ignore=shutil.ignore_patterns(".ipynb_checkpoints"))
     (folder / "data").mkdir()
-    return folder
+    chosen = [item.callspec.params["name"] for item in request.session.items if getattr(item, "originalname", "") == "test_notebook_runs_from_top_to_bottom"]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("OMP_NUM_THREADS", "1")
+        patch.setenv("IPYTHONDIR", str(folder / ".ipython"))          # the user's own history and profile stay out of it
+        patch.setenv("JUPYTER_RUNTIME_DIR", str(folder / ".jupyter"))
+        patch.delenv("MPLBACKEND", raising=False)                    # the kernel's own one puts pictures into the notebook
+        with ThreadPoolExecutor(os.cpu_count()) as pool:
+            done = {}
+            for name in chosen:
+                done[name] = pool.submit(run_notebook, folder / "notebooks" / name)
+                done[chosen[0]].exception()  # waits for it
+            yield done
+
+
+def run_notebook(path: Path) -> nbformat.NotebookNode:
+    """Run it anew; raises CellExecutionError, with the cell and its traceback, where a cell fails."""
+    notebook = nbformat.read(path, as_version=4)
+    for cell in code_cells(notebook):
+        cell.outputs, cell.execution_count = [], None
+    return NotebookClient(notebook, timeout=CELL_SECONDS, kernel_name="python3", resources={"metadata": {"path": str(path.parent)}}).execute()
 
 
 def code_cells(notebook: nbformat.NotebookNode) -> list[nbformat.NotebookNode]:
@@ -41,20 +63,9 @@ def test_there_are_notebooks():
 
 
 @pytest.mark.parametrize("name", NOTEBOOKS)
-def test_notebook_runs_from_top_to_bottom(name: str, project: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setenv("OMP_NUM_THREADS", "1")
-    monkeypatch.setenv("IPYTHONDIR", str(tmp_path))         # the user's own history and profile stay out of it
-    monkeypatch.setenv("JUPYTER_RUNTIME_DIR", str(tmp_path))
-    monkeypatch.delenv("MPLBACKEND", raising=False)         # the kernel's own one puts pictures into the notebook
-    committed = nbformat.read(ROOT / "notebooks" / name, as_version=4)
-    notebook = nbformat.read(project / "notebooks" / name, as_version=4)
-    for cell in code_cells(notebook):
-        cell.outputs, cell.execution_count = [], None
-    # raises CellExecutionError, with the cell and its traceback, where a cell fails
-    NotebookClient(notebook, timeout=CELL_SECONDS, kernel_name="python3",
-                   resources={"metadata": {"path": str(project / "notebooks")}}).execute()
-    pictures, committed_pictures = (sum("image/png" in output.get("data", {}) for cell in code_cells(each) for output in cell.outputs)
-                                    for each in (notebook, committed))
+def test_notebook_runs_from_top_to_bottom(name: str, running: dict[str, Future]):
+    pictures, committed_pictures = (sum("image/png" in output.get("data", {}) for cell in code_cells(notebook) for output in cell.outputs)
+                                    for notebook in (running[name].result(), nbformat.read(ROOT / "notebooks" / name, as_version=4)))
     assert pictures == committed_pictures > 0
 
 
