@@ -1,4 +1,4 @@
-"""From logits to notes, and how good those notes are: `python evaluate.py [ckpt.pt]`."""
+"""From logits to notes, and how good those notes are: `python evaluate.py [ckpt.pt …]`."""
 
 import argparse
 import copy
@@ -18,7 +18,7 @@ from constants import HOP_SIZE, MIN_MIDI, SAMPLE_RATE
 from dataset import SPLITS, Recording, load_split
 from devices import keep_pages, pick_device
 from files import write_json, written_whole
-from model import RELEASED, Transcriber, model_of, read_checkpoint, share_checkpoint
+from model import RELEASED, Ensemble, Transcriber, load_ensemble, read_checkpoint, share_checkpoint
 from notes import ONSET_PLACES, VELOCITY, Notes, frames_to_seconds, notes_to_rolls, seconds_to_frames
 
 THRESHOLDS = np.arange(1, 10) / 10  # what tune_thresholds tries
@@ -178,7 +178,7 @@ def same_velocity(whole: np.ndarray, ref: np.ndarray, est: np.ndarray) -> np.nda
     return np.abs(off) < VELOCITY_TOLERANCE * max(1, np.ptp(whole))
 
 
-def predict(model: Transcriber, recordings: list[Recording]) -> Iterator[Heard]:
+def predict(model: Transcriber | Ensemble, recordings: list[Recording]) -> Iterator[Heard]:
     """What `infer` hears in whole recordings; one at a time, for an hour of it takes 89 MB."""
     for recording in tqdm(recordings, "listening", unit="recording", leave=False, disable=None):
         yield tuple(part.numpy() for part in model.infer(recording.to_float()))
@@ -265,7 +265,7 @@ def fit_velocity(model: Transcriber, recordings: list[Recording]) -> None:
         model.velocity.copy_(weights)
 
 
-def evaluate_split(model: Transcriber, recordings: list[Recording], reference: str = "midi") -> tuple[list[dict[str, float]], list[Notes]]:
+def evaluate_split(model: Transcriber | Ensemble, recordings: list[Recording], reference: str = "midi") -> tuple[list[dict[str, float]], list[Notes]]:
     """The metrics of each recording, with the model's own thresholds, and the notes heard in it."""
     rows, notes = [], []
     for recording, parts in zip(recordings, predict(model, recordings)):
@@ -299,7 +299,8 @@ def write_results(path: Path, recordings: list[Recording], rows: list[dict[str, 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="Score a checkpoint on whole recordings; per-recording results go to JSON and CSV.",
                                      formatter_class=Help)
-    parser.add_argument("checkpoint", type=Path, nargs="?", default=RELEASED, help=f"a model-*.pt of train.py; by default the released {RELEASED.name}")
+    parser.add_argument("checkpoints", type=Path, nargs="*", metavar="checkpoint",
+                        help=f"a model-*.pt of train.py, by default the released {RELEASED.name}; of several the mean is scored, in which one named twice counts twice")
     parser.add_argument("--data", nargs="+", help="data folders; by default those that a run's checkpoint was trained on, or data")
     parser.add_argument("--split", choices=SPLITS, default="test", help="which recordings")
     parser.add_argument("--reference", choices=("midi", "roll"), default="midi",
@@ -309,9 +310,12 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--save_path", type=Path, help="folder for the results; by default the checkpoint's")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or mps")
     args = parser.parse_args(argv)
+    args.checkpoints = args.checkpoints or [RELEASED]
     if args.analyse and args.reference != "midi":
         parser.error("--analyse looks at the MIDI file's own notes; leave --reference out")
-    if args.share and args.share.resolve() == args.checkpoint.resolve():
+    if args.share and len(args.checkpoints) > 1:
+        parser.error("--share writes one checkpoint; name that alone")
+    if args.share and args.share.resolve() == args.checkpoints[0].resolve():
         parser.error("--share writes another file than the checkpoint, which would lose what more training needs")
     return args
 
@@ -320,33 +324,34 @@ def run(args: argparse.Namespace) -> int:
     """Score a checkpoint as the command line says. Returns the exit status; raises OSError and ValueError."""
     keep_pages()
     device = pick_device(args.device)
-    state = read_checkpoint(args.checkpoint)
-    model = model_of(state, args.checkpoint)
+    state = read_checkpoint(args.checkpoints[0])
+    model = load_ensemble(args.checkpoints, device)
     folders = args.data or state.get("data", {}).get("folders", ["data"])
     recordings = load_split(folders, args.split)
     to_analyse = recordings if args.analyse else []
     held = [held_by_pedal(recording) for recording in tqdm(to_analyse, "reading pedals", unit="recording", leave=False, disable=None)]
     if args.share:
         share_checkpoint(args.share, state)
-        args.checkpoint = args.share
-        model = model_of(read_checkpoint(args.share), args.share)
-    rows, heard = evaluate_split(model.to(device), recordings, args.reference)
-    path = (args.save_path or args.checkpoint.parent) / f"{args.checkpoint.stem}_{args.split}_{args.reference}.json"
-    said = [f"{args.checkpoint}, {len(rows)} {args.split} recordings of {' '.join(folders)}, reference: {args.reference}, "
+        args.checkpoints = [args.share]
+        model = load_ensemble(args.checkpoints, device)
+    rows, heard = evaluate_split(model, recordings, args.reference)
+    named = " + ".join(map(str, args.checkpoints))
+    stems = "+".join(dict.fromkeys(checkpoint.stem for checkpoint in args.checkpoints))
+    path = (args.save_path or args.checkpoints[0].parent) / f"{stems}_{args.split}_{args.reference}.json"
+    said = [f"{named}, {len(rows)} {args.split} recordings of {' '.join(folders)}, reference: {args.reference}, "
             f"sustain-extended: yes, thresholds: onset {model.thresholds['onset']:.2f}, frame {model.thresholds['frame']:.2f}",
             format_table(summarise(rows))]
     analysis = {}
     if args.analyse:
         counts = [count(compare(recording.notes, notes, pedal)) for recording, notes, pedal in zip(recordings, heard, held)]
         total = add(counts)
-        named = [{"recording": recording.name, **each} for recording, each in zip(recordings, counts)]
-        analysis = {"analysis": {"total": total, "recordings": named}}
+        analysis = {"analysis": {"total": total, "recordings": [{"recording": recording.name, **each} for recording, each in zip(recordings, counts)]}}
         said.append(f"\nall notes of the {len(rows)} recordings together\n{format_errors(total)}\n")
     try:
-        write_results(path, recordings, rows, model.thresholds, checkpoint=args.checkpoint.name, data=folders,
+        write_results(path, recordings, rows, model.thresholds, checkpoint=" + ".join(checkpoint.name for checkpoint in args.checkpoints), data=folders,
                       split=args.split, reference=args.reference, **analysis)
         if args.analyse:
-            draw_errors(path.with_suffix(".png"), total, f"{args.checkpoint}, {len(rows)} {args.split} recordings of {' '.join(folders)}")
+            draw_errors(path.with_suffix(".png"), total, f"{named}, {len(rows)} {args.split} recordings of {' '.join(folders)}")
         said.append(f"per recording: {path} and .csv" + (f"; errors: {path} and .png" if args.analyse else ""))
         status = 0
     except OSError as error:

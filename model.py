@@ -10,6 +10,7 @@ import math
 import platform
 import textwrap
 import threading
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -436,6 +437,35 @@ class Harmonic(Transcriber):
         return said.unflatten(0, (-1, N_KEYS)).transpose(1, 2)
 
 
+class Ensemble(nn.Module):
+    """Several transcribers that infer as one: what they hear is averaged, logits and velocities, and so are their thresholds.
+
+    Models of different kinds err in different places, and their mean less than each (Hansen & Salamon, IEEE TPAMI 1990). One that
+    is given twice counts twice, and hears once.
+    """
+
+    def __init__(self, members: list[Transcriber]) -> None:
+        """Raises ValueError if the members were trained on different onset targets, whose logits do not mean the same."""
+        super().__init__()
+        self.recipe = members[0].recipe  # evaluation asks it for the onset target
+        for member in members:
+            if member.recipe.onset_target != self.recipe.onset_target:
+                raise ValueError(f"onset targets are {self.recipe.onset_target!r} and {member.recipe.onset_target!r}; only models of one kind of onset are averaged")
+        self.members = nn.ModuleList(dict.fromkeys(members))
+        self.shares = [members.count(member) / len(members) for member in self.members]
+        self.thresholds = {head: sum(member.thresholds[head] for member in members) / len(members) for head in members[0].thresholds}
+
+    @torch.inference_mode()
+    def infer(self, audio: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """As `Transcriber.infer`."""
+        means: list[Tensor] = []
+        for member, share in zip(self.members, self.shares):
+            heard = [part.float().mul_(share) for part in member.infer(audio)]
+            means = [mean.add_(part) for mean, part in zip(means, heard)] if means else heard
+        frame, onset, velocity = means
+        return frame, onset, velocity.round_().byte()
+
+
 IN_BYTES = {ConvStack: Int8ConvStack, HarmonicStack: Int8HarmonicStack}  # what computes the same in 8-bit integers
 MODELS = {"baseline": Baseline, "rnn": RNN, "crnn": CRNN, "onf": OnsetsAndFrames, "harmonic": Harmonic}
 
@@ -570,3 +600,9 @@ def model_of(state: dict[str, Any], path: str | Path) -> Transcriber:
 def load_checkpoint(path: str | Path, device: str | torch.device = "cpu") -> Transcriber:
     """The transcriber in a checkpoint, in eval mode on `device`; raises as `read_checkpoint` and `model_of` do."""
     return model_of(read_checkpoint(path), path).to(device)
+
+
+def load_ensemble(paths: Sequence[str | Path], device: str | torch.device = "cpu") -> Transcriber | Ensemble:
+    """What several checkpoints hear together, or the one that is given; one that is named twice counts twice. Raises as `load_checkpoint` and `Ensemble` do."""
+    loaded = {path: load_checkpoint(path, device) for path in dict.fromkeys(paths)}
+    return Ensemble([loaded[path] for path in paths]) if len(paths) > 1 else loaded[paths[0]]

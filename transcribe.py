@@ -1,6 +1,7 @@
-"""Recordings to notes: `python transcribe.py [ckpt.pt] song.flac [more files or folders]`."""
+"""Recordings to notes: `python transcribe.py [ckpt.pt …] song.flac [more files or folders]`."""
 
 import argparse
+import itertools
 import sys
 import tempfile
 from collections import Counter
@@ -17,7 +18,7 @@ from constants import F_MAX, F_MIN, HOP_SIZE, MAX_MIDI, MIN_MIDI, SAMPLE_RATE
 from devices import keep_pages, pick_device
 from evaluate import estimated_notes, logit_to_prob
 from files import written_whole
-from model import RELEASED, LogMelSpectrogram, Transcriber, load_checkpoint
+from model import RELEASED, Ensemble, LogMelSpectrogram, Transcriber, load_ensemble
 from notes import Notes, notes_to_midi, write_midi
 
 SUFFIXES = (".wav", ".flac", ".mp3", ".ogg", ".oga", ".opus", ".aiff", ".aif", ".aifc", ".au", ".caf", ".w64", ".rf64",
@@ -86,7 +87,7 @@ def draw(path: Path, audio: np.ndarray, notes: Notes, ref: Notes | None = None) 
         figure.savefig(temporary, dpi=100)
 
 
-def transcribe(model: Transcriber, audio: np.ndarray) -> tuple[Notes, np.ndarray, np.ndarray]:
+def transcribe(model: Transcriber | Ensemble, audio: np.ndarray) -> tuple[Notes, np.ndarray, np.ndarray]:
     """Notes, and the onset and frame probabilities (T, 88) they were read from, of (S,) float32 audio; raises ValueError as `infer` does."""
     heard = tuple(part.numpy() for part in model.infer(torch.from_numpy(audio)))
     notes = estimated_notes(heard, model.thresholds, model.recipe.onset_target)
@@ -110,7 +111,7 @@ def write_all(base: Path, audio: np.ndarray, notes: Notes, onset: np.ndarray, fr
         seen.result()
 
 
-def transcribe_file(model: Transcriber, path: Path, base: Path, sound: bool) -> int:
+def transcribe_file(model: Transcriber | Ensemble, path: Path, base: Path, sound: bool) -> int:
     """Read `path`, write all that is named after `base`, and say so in a line. Returns the exit status."""
     try:
         audio = load_audio(path)
@@ -135,16 +136,17 @@ def check_writable(folder: Path) -> None:
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(usage="%(prog)s [options] [checkpoint.pt] audio [audio ...]", description="Transcribe piano recordings: NAME_transcribed.midi, .wav (the MIDI played), .png (piano "
+    parser = argparse.ArgumentParser(usage="%(prog)s [options] [checkpoint.pt ...] audio [audio ...]", description="Transcribe piano recordings: NAME_transcribed.midi, .wav (the MIDI played), .png (piano "
                                      "roll) and .npz (probabilities and notes).", formatter_class=Help)
     parser.add_argument("paths", type=Path, nargs="+", metavar="audio",
-                        help="recordings, or folders of them, of any length, rate and channel count; before them a model-*.pt of "
-                        f"train.py, else it is {RELEASED.relative_to(RELEASED.parents[2])}, which comes with this project")
+                        help="recordings, or folders of them, of any length, rate and channel count; before them a model-*.pt of train.py, "
+                        "or several, of which the mean is taken, in which one named twice counts twice; else it is "
+                        f"{RELEASED.relative_to(RELEASED.parents[2])}, which comes with this project")
     parser.add_argument("--save_path", type=Path, default=Path("."), help="folder for the results; a folder's recordings keep their subfolders")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or mps")
     args = parser.parse_args(argv)
-    named = args.paths[0].suffix == ".pt"
-    args.checkpoint, args.audio = args.paths[0] if named else RELEASED, args.paths[named:]
+    named = list(itertools.takewhile(lambda path: path.suffix == ".pt", args.paths))
+    args.checkpoints, args.audio = named or [RELEASED], args.paths[len(named):]
     if not args.audio:
         parser.error("no recordings are named")
     return args
@@ -153,7 +155,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 def run(args: argparse.Namespace) -> int:
     """Transcribe what the command line names. Returns the exit status; raises OSError and ValueError."""
     keep_pages()
-    model = load_checkpoint(args.checkpoint, pick_device(args.device))
+    model = load_ensemble(args.checkpoints, pick_device(args.device))
     recordings = find_recordings(args.audio)
     check_writable(args.save_path)
     if not (sound := has_fluidsynth()):

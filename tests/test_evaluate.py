@@ -33,7 +33,7 @@ from evaluate import (
     tune_thresholds,
     write_results,
 )
-from model import Sizes, build_model, load_checkpoint
+from model import Sizes, build_model, load_checkpoint, load_ensemble, save_checkpoint
 from notes import ONSET_PLACES, VELOCITY, Notes, frames_to_seconds, notes_to_rolls
 from recipe import RECIPES
 
@@ -590,6 +590,22 @@ def test_the_command_scores_a_folder(reference, data_folder, checkpoint, tmp_pat
         assert [row["recording"] for row in csv.DictReader(file)] == ["r4.flac", "r5.flac"]
     assert len(list((tmp_path / "out").iterdir())) == 2
     assert f"reference: {reference}" in out and str(tmp_path / "out") in out
+
+
+def test_the_command_scores_several_checkpoints_as_one(data_folder, checkpoint, tmp_path, capsys):
+    torch.manual_seed(1)
+    other = tmp_path / "other.pt"
+    save_checkpoint(other, build_model("crnn", Sizes(4, 8, 8)))
+    paths = [str(checkpoint), str(other), str(other)]
+    assert evaluate.main([*paths, "--data", str(data_folder), "--save_path", str(tmp_path)]) == 0
+    assert capsys.readouterr().out.startswith(f"{checkpoint} + {other} + {other}, 2 test recordings")
+    written = json.loads((tmp_path / "small+other_test_midi.json").read_text())
+    expected, _ = evaluate_split(load_ensemble(paths), load_split(data_folder, "test"))
+    assert [row.pop("recording") for row in written["recordings"]] == ["r4.flac", "r5.flac"]
+    assert written["recordings"] == [pytest.approx(row) for row in expected] and written["checkpoint"] == "small.pt + other.pt + other.pt"
+    with pytest.raises(SystemExit):
+        evaluate.main([*paths, "--share", str(tmp_path / "shared.pt"), "--data", str(data_folder)])
+    assert "--share writes one checkpoint" in capsys.readouterr().err and not (tmp_path / "shared.pt").exists()
 
 
 def test_the_command_scores_another_split(data_folder, checkpoint, tmp_path):

@@ -35,6 +35,7 @@ from model import (
     build_model,
     harmonic_filters,
     load_checkpoint,
+    load_ensemble,
     model_of,
     n_parameters,
     read_checkpoint,
@@ -729,3 +730,35 @@ def test_a_shared_checkpoint_is_half_as_large_and_only_weights(tmp_path):
     loaded = load_checkpoint(tmp_path / "shared.pt")
     for (name, ours), theirs in zip(model.state_dict().items(), loaded.state_dict().values()):
         assert theirs.dtype == ours.dtype and torch.allclose(ours.float(), theirs.float(), rtol=1e-3, atol=1e-6), name
+
+
+# --- several models at once ---
+
+def test_an_ensemble_hears_the_mean_of_its_members(tmp_path):
+    audio, members = noise(16000), []
+    for seed, name in enumerate(("crnn", "harmonic")):
+        torch.manual_seed(seed)
+        members.append(build_model(name, SMALL).eval())
+        members[-1].thresholds = {"onset": 0.3 + 0.3 * seed, "frame": 0.2 + 0.3 * seed}
+        members[-1].velocity *= (50 + 30 * seed) / VELOCITY
+        save_checkpoint(tmp_path / f"{name}.pt", members[-1])
+    both = load_ensemble([tmp_path / "harmonic.pt", tmp_path / "crnn.pt", tmp_path / "harmonic.pt"])
+    assert both.thresholds == pytest.approx({"onset": 0.5, "frame": 0.4})
+    crnn, harmonic = (member.infer(audio) for member in members)
+    for mean, one, other in zip(both.infer(audio), crnn, harmonic):
+        assert mean.dtype == one.dtype and mean.shape == one.shape
+        torch.testing.assert_close(mean.float(), one.float() / 3 + other.float() * 2 / 3, rtol=1e-5, atol=1e-5)
+    assert both.infer(audio)[2].unique().tolist() == [70]
+    assert len(both.members) == 2  # the one named twice hears once
+
+
+def test_an_ensemble_of_one_is_a_model(tmp_path):
+    save_checkpoint(tmp_path / "model.pt", build_model("rnn", SMALL))
+    assert type(load_ensemble([tmp_path / "model.pt"])) is MODELS["rnn"]
+
+
+def test_onsets_of_two_kinds_are_not_averaged(tmp_path):
+    for name in RECIPES:
+        save_checkpoint(tmp_path / f"{name}.pt", build_model("rnn", SMALL, RECIPES[name]))
+    with pytest.raises(ValueError, match="onset targets are 'two' and 'one'"):
+        load_ensemble([tmp_path / "default.pt", tmp_path / "course.pt"])

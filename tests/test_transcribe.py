@@ -15,7 +15,7 @@ import model as model_module
 import transcribe
 from audio import has_fluidsynth, load_audio
 from constants import HOP_SIZE, SAMPLE_RATE
-from model import Sizes, build_model, load_checkpoint, save_checkpoint
+from model import Sizes, build_model, load_checkpoint, load_ensemble, save_checkpoint
 from notes import Notes, read_midi
 from recipe import RECIPES
 from transcribe import find_recordings
@@ -113,6 +113,15 @@ def test_the_thresholds_of_the_checkpoint_are_used(lively, tones, tmp_path, plai
     save_checkpoint(tmp_path / "strict.pt", strict)
     assert run(tmp_path / "strict.pt", tmp_path / "out", tones.audio) == 0
     assert len(read_midi(tmp_path / "out" / "tones_transcribed.midi")) == 0
+
+
+def test_several_checkpoints_are_heard_as_one(lively, tones, tmp_path, plain):
+    torch.manual_seed(2)
+    other = tmp_path / "other.pt"
+    save_checkpoint(other, build_model("rnn", Sizes(4, 8, 8), RECIPES["course"]))
+    assert transcribe.main([str(lively), str(other), str(tones.audio), "--save_path", str(tmp_path)]) == 0
+    _, onset, frame = transcribe.transcribe(load_ensemble([lively, other]), load_audio(tones.audio))
+    np.testing.assert_allclose(probabilities(tmp_path / "tones_transcribed.npz"), np.concatenate([frame, onset], axis=1), atol=1e-3)
 
 
 # --- what is read ---
@@ -228,7 +237,7 @@ def test_what_is_hidden_or_a_folder_is_no_recording(tmp_path):
     assert [path.name for path, _ in find_recordings([tmp_path])] == ["b.wav"]
 
 
-@pytest.mark.parametrize("during", ["load_checkpoint", "transcribe"])
+@pytest.mark.parametrize("during", ["load_ensemble", "transcribe"])
 def test_ctrl_c_says_so_in_a_line(during, checkpoint, tones, tmp_path, plain, monkeypatch, capsys):
     def interrupted(*_):
         raise KeyboardInterrupt
