@@ -300,7 +300,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="Score a checkpoint on whole recordings; per-recording results go to JSON and CSV.",
                                      formatter_class=Help)
     parser.add_argument("checkpoints", type=Path, nargs="*", metavar="checkpoint",
-                        help=f"a model-*.pt of train.py, by default the released {RELEASED.name}; of several the mean is scored, in which one named twice counts twice")
+                        help="a model-*.pt of train.py; of several the mean is scored, in which one named twice counts twice; "
+                        f"by default {' '.join(path.name for path in RELEASED)}, which come with this project")
     parser.add_argument("--data", nargs="+", help="data folders; by default those that a run's checkpoint was trained on, or data")
     parser.add_argument("--split", choices=SPLITS, default="test", help="which recordings")
     parser.add_argument("--reference", choices=("midi", "roll"), default="midi",
@@ -310,7 +311,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--save_path", type=Path, help="folder for the results; by default the checkpoint's")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or mps")
     args = parser.parse_args(argv)
-    args.checkpoints = args.checkpoints or [RELEASED]
+    args.checkpoints = args.checkpoints or RELEASED
     if args.analyse and args.reference != "midi":
         parser.error("--analyse looks at the MIDI file's own notes; leave --reference out")
     if args.share and len(args.checkpoints) > 1:

@@ -140,13 +140,13 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
                                      "roll) and .npz (probabilities and notes).", formatter_class=Help)
     parser.add_argument("paths", type=Path, nargs="+", metavar="audio",
                         help="recordings, or folders of them, of any length, rate and channel count; before them a model-*.pt of train.py, "
-                        "or several, of which the mean is taken, in which one named twice counts twice; else it is "
-                        f"{RELEASED.relative_to(RELEASED.parents[2])}, which comes with this project")
+                        "or several, of which the mean is taken, in which one named twice counts twice; else these are "
+                        f"{' '.join(path.name for path in RELEASED)}, which come with this project")
     parser.add_argument("--save_path", type=Path, default=Path("."), help="folder for the results; a folder's recordings keep their subfolders")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or mps")
     args = parser.parse_args(argv)
     named = list(itertools.takewhile(lambda path: path.suffix == ".pt", args.paths))
-    args.checkpoints, args.audio = named or [RELEASED], args.paths[len(named):]
+    args.checkpoints, args.audio = named or RELEASED, args.paths[len(named):]
     if not args.audio:
         parser.error("no recordings are named")
     return args

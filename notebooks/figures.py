@@ -18,7 +18,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from commands import exit_status_of  # noqa: E402
 from dataset import load_split  # noqa: E402
 from files import written_whole  # noqa: E402
-from model import RELEASED, load_checkpoint  # noqa: E402
+from model import RELEASED, load_ensemble  # noqa: E402
 from transcribe import draw, transcribe  # noqa: E402
 
 MEAN_OF = 20  # one segment's loss is many times another's
@@ -57,7 +57,7 @@ def run(args: argparse.Namespace) -> int:
         raise ValueError(f"{args.run}: none of its {len(recordings)} test recordings is called {args.recording}")
     draw_learning_curve(args.run, out / "learning_curve.png")
     audio = recording.to_float().numpy()
-    notes, _, _ = transcribe(load_checkpoint(RELEASED), audio)
+    notes, _, _ = transcribe(load_ensemble(RELEASED), audio)
     draw(out / "recording.png", audio, notes, recording.notes)
     print(f"{out}: learning_curve.png, recording.png ({recording.name}, its first 20 s)")
     return 0

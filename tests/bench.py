@@ -43,7 +43,7 @@ from dataset import COLUMNS, Recording, Segments, load_split  # noqa: E402
 from devices import autocast, pick_device  # noqa: E402
 from evaluate import estimated_notes, extract_notes, note_metrics  # noqa: E402
 from files import write_json  # noqa: E402
-from model import Sizes, build_model, load_checkpoint, save_checkpoint  # noqa: E402
+from model import Sizes, build_model, load_ensemble, save_checkpoint  # noqa: E402
 from notes import Notes, notes_to_rolls, write_midi  # noqa: E402
 
 SIZES = Sizes()
@@ -204,9 +204,9 @@ def bench_train(args: argparse.Namespace) -> list[Row]:
 
 # --- transcription ---
 
-def our_transcription(args: argparse.Namespace, folder: Path, checkpoint: Path) -> Work:
+def our_transcription(args: argparse.Namespace, folder: Path, *checkpoints: Path) -> Work:
     train.keep_pages()
-    net = load_checkpoint(checkpoint, pick_device(args.device))
+    net = load_ensemble(checkpoints, pick_device(args.device))
     return in_stages(reading=lambda _: load_audio(folder / "short.flac"),
                      inference=lambda audio: tuple(logit.numpy() for logit in net.infer(torch.from_numpy(audio))),
                      decoding=lambda logits: estimated_notes(logits, net.thresholds, net.recipe.onset_target),
@@ -240,7 +240,8 @@ def bench_transcribe(args: argparse.Namespace) -> list[Row]:
         write_recording(folder / "short.flac", 60 * args.minutes)
         found = take_turns(args.rounds, {"reference": partial(reference_transcription, args, folder),
                                          "ours": partial(our_transcription, args, folder, folder / "ours.pt"),
-                                         "released": partial(our_transcription, args, folder, model.RELEASED)})
+                                         "released": partial(our_transcription, args, folder, *model.RELEASED),
+                                         "harmonic": partial(our_transcription, args, folder, model.RELEASED[0])})
         for minutes in lengths:
             write_recording(folder / f"{minutes}min.flac", 60 * minutes)
         runs = [[run_process("transcribe.py", str(folder / "ours.pt"), str(folder / f"{minutes}min.flac"), "--save_path", name,
@@ -253,8 +254,8 @@ def bench_transcribe(args: argparse.Namespace) -> list[Row]:
     rows = [Row(f"transcription, {args.minutes:g} min", ours["seconds"], base["seconds"], note=speed(args.minutes, ours["seconds"])),
             *(Row(f"- {part}", ours[part], base[part]) for part in ("reading", "inference", "decoding", "writing"))]
     rows[-1].note = f"{ours['notes'][0]} notes, {base['notes'][0]} notes"
-    released = found["released"]["seconds"]
-    rows.append(Row(f"- with {model.RELEASED.name}", released, base["seconds"], note=speed(args.minutes, released)))
+    for what, side in (("the released checkpoints", "released"), (model.RELEASED[0].name, "harmonic")):
+        rows.append(Row(f"- with {what}", found[side]["seconds"], base["seconds"], note=speed(args.minutes, found[side]["seconds"])))
     for minutes, pairs in zip(lengths, zip(*runs)):
         seconds, peaks = map(list, zip(*pairs))
         rows += [Row(f"transcribe.py, {minutes} min", seconds, note=speed(minutes, seconds)), Row("- peak memory", peaks, unit="GB")]

@@ -654,7 +654,7 @@ def test_a_shared_checkpoint_is_scored_as_it_is_shared(checkpoint, data_folder, 
     assert evaluate.main([str(checkpoint), "--share", str(shared), "--data", str(data_folder), "--split", "validation"]) == 0
     assert capsys.readouterr().out.startswith(f"{shared}, ")
     first = json.loads((tmp_path / "shared_validation_midi.json").read_text())
-    monkeypatch.setattr(evaluate, "RELEASED", shared)  # what is used where none is named
+    monkeypatch.setattr(evaluate, "RELEASED", [shared])  # what is used where none is named
     assert evaluate.main(["--data", str(data_folder), "--split", "validation"]) == 0
     assert json.loads((tmp_path / "shared_validation_midi.json").read_text()) == first
 

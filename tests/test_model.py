@@ -653,10 +653,10 @@ def test_entries_that_a_checkpoint_is_older_than_are_as_in_the_course(tmp_path):
     assert load_checkpoint(tmp_path / "old.pt").recipe == dataclasses.replace(DEFAULT, transpose=0, onset_target="one")
 
 
-@pytest.mark.parametrize("name", ["onf", "harmonic"])
-def test_the_released_checkpoints_load(name):
-    model = load_checkpoint(RELEASED.with_name(f"{name}.pt"))
-    assert type(model) is MODELS[name] and RELEASED.with_name(f"{name}.pt").stat().st_size < 20e6
+@pytest.mark.parametrize("path", dict.fromkeys(RELEASED), ids=lambda path: path.stem)
+def test_the_released_checkpoints_load(path):
+    model = load_checkpoint(path)
+    assert type(model) is MODELS[path.stem] and path.stat().st_size < 20e6
     assert all(torch.isfinite(logit).all() for logit in model.infer(noise(20 * HOP_SIZE)))
 
 

@@ -270,7 +270,7 @@ def test_a_failed_file_does_not_stop_the_others(checkpoint, tones, tmp_path, pla
 
 
 def test_without_a_checkpoint_the_released_one_is_used(checkpoint, tones, tmp_path, monkeypatch):
-    monkeypatch.setattr(transcribe, "RELEASED", checkpoint)
+    monkeypatch.setattr(transcribe, "RELEASED", [checkpoint])
     assert transcribe.main([str(tones.audio), "--save_path", str(tmp_path)]) == 0
     assert (tmp_path / f"{tones.audio.stem}_transcribed.midi").is_file()
 
