@@ -398,7 +398,9 @@ class Harmonic(Transcriber):
         x = (mel @ self.harmonics.flatten(1)).unflatten(2, (N_KEYS, -1))       # (B, T, M) @ (M, K * C) -> (B, T, K, C)
         x = self.stack(x.permute(0, 3, 1, 2))                                  # (B, C, T, K), channels-last memory as it is
         around, x = self.around(x).permute(0, 2, 3, 1), x.permute(0, 2, 3, 1)
-        return (self.key_fc(x) + around).flatten(2), self.all_fc(x.mean(dim=2))
+        key, every = (self.key_fc(x) + around).flatten(2), self.all_fc(x.mean(dim=2))
+        in_half = torch.is_inference_mode_enabled() and key.dtype == torch.float32  # of an hour it is 0.6 GB then, and nothing is heard otherwise
+        return key.half() if in_half else key, every
 
     def recur(self, key: Tensor, every: Tensor) -> tuple[Tensor, Tensor]:
         with torch.autocast("cuda", enabled=False):  # as in_context has it
@@ -425,7 +427,7 @@ class Harmonic(Transcriber):
 
     def past_recurrent(self, key: Tensor) -> Tensor:
         """(B, T, K, C) -> (B, T, K, 2)."""
-        return self.bias if self.path_fc is None else self.path_fc(key) + self.bias
+        return self.bias if self.path_fc is None else self.path_fc(key.float() if key.dtype == torch.float16 else key) + self.bias
 
     def along_keys(self, key: Tensor, every: Tensor) -> Tensor:
         """(B, T, K, C) and (B, T, C') -> (B * K, T, C + C')."""
