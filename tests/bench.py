@@ -45,6 +45,7 @@ from evaluate import estimated_notes, extract_notes, note_metrics  # noqa: E402
 from files import write_json  # noqa: E402
 from model import Sizes, build_model, load_ensemble, save_checkpoint  # noqa: E402
 from notes import Notes, notes_to_rolls, write_midi  # noqa: E402
+from spectrogram import shifted_filters  # noqa: E402
 
 SIZES = Sizes()
 RECORDING_SECONDS = 600  # what MAESTRO's recordings last on average
@@ -100,6 +101,20 @@ def our_training(args: argparse.Namespace, make_recordings: Callable[[], list[Re
         if device.type == "cpu":
             train.any_rank(not math.isfinite(sum(losses.values()).item()))
     return training(train.batches(segments, args.batch_size, 1, 10000, None, device), learn, device)
+
+
+def augmentation(args: argparse.Namespace, make_recordings: Callable[[], list[Recording]]) -> Work:
+    """What augmentation does with a batch, and with the mel filters that hear it."""
+    train.keep_pages()
+    device, recipe = pick_device(args.device), model.RECIPES["default"]
+    segments = Segments(make_recordings(), args.sequence_length, 0, recipe.onset_target)
+    batch = next(train.batches(segments, args.batch_size, 1, 1, 0, device))
+
+    def work() -> Numbers:
+        shifted_filters(train.augmented(batch, recipe)["semitones"])
+        finish(device)
+        return {}
+    return work
 
 
 def reference_training(args: argparse.Namespace, make_recordings: Callable[[], list[Recording]]) -> Work:
@@ -184,7 +199,8 @@ def bench_train(args: argparse.Namespace) -> list[Row]:
     recordings = partial(some_recordings, args.batch_size, RECORDING_SECONDS)  # the reference takes one segment of each
     makers = {"reference": partial(reference_training, args, recordings), "ours": partial(our_training, args, recordings),
               "course": partial(our_training, args, recordings, "course"),
-              "harmonic": partial(our_training, args, recordings, name="harmonic"), "machine": partial(machine_rates, args)}
+              "harmonic": partial(our_training, args, recordings, name="harmonic"), "machine": partial(machine_rates, args),
+              "augmentation": partial(augmentation, args, recordings)}
     if pick_device(args.device).type == "cuda":
         makers["cuda"] = partial(kernel_share, args, recordings)
     found = take_turns(args.rounds, makers)
@@ -194,6 +210,8 @@ def bench_train(args: argparse.Namespace) -> list[Row]:
     bound = gflop / max(median(rates[name]) for name in rates if name.startswith("convolution"))
     rows = [Row(f"training step, {args.batch_size} x {args.sequence_length}", ours["seconds"], base["seconds"]),
             Row("- of it cutting the batch", ours["batch"], base["batch"]),
+            Row("- of it augmentation", found["augmentation"]["seconds"],
+                note=f"{median(found['augmentation']['seconds']) / median(ours['seconds']):.1%} of it"),
             Row("- with the recipe 'course'", found["course"]["seconds"], base["seconds"]),
             Row("- with the model 'harmonic'", found["harmonic"]["seconds"], base["seconds"]),
             Row("- arithmetic", *([gflop / s for s in side["seconds"]] for side in (ours, base)), unit="GFLOP/s",

@@ -95,7 +95,7 @@ def test_flops_are_counted():
 
 
 @pytest.mark.parametrize("which, lines", [
-    ("train", ["training step, 2 x 16384", "- arithmetic", "- this machine's convolution, float32"]),
+    ("train", ["training step, 2 x 16384", "- arithmetic", "- of it augmentation", "- this machine's convolution, float32"]),
     ("transcribe", ["transcription, 0.1 min", "- inference", "transcribe.py, 0.05 min", "- peak memory"]),
     ("data", ["loading 2 x 2 s, second time", "labels of 2 min", "- peak memory with 0.2 h of data"]),
     ("decode", ["decoding 0.5 min", "scoring 1 min", "- peak memory"]),
