@@ -732,6 +732,17 @@ def test_a_shared_checkpoint_is_half_as_large_and_only_weights(tmp_path):
         assert theirs.dtype == ours.dtype and torch.allclose(ours.float(), theirs.float(), rtol=1e-3, atol=1e-6), name
 
 
+def test_harmonic_keeps_little_of_what_it_infers_from():
+    """In an hour there are 2816 features of each of 112,500 frames."""
+    model = build_model("harmonic").eval()
+    mel = torch.randn(1, 8, N_MELS)
+    exact, _ = model.convolve(mel)
+    with torch.inference_mode():
+        kept, _ = model.convolve(mel)
+    assert exact.dtype == torch.float32 and kept.dtype == torch.float16
+    torch.testing.assert_close(kept.float(), exact, rtol=1e-3, atol=1e-3)
+
+
 # --- several models at once ---
 
 def test_an_ensemble_hears_the_mean_of_its_members(tmp_path):
