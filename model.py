@@ -607,4 +607,7 @@ def load_checkpoint(path: str | Path, device: str | torch.device = "cpu") -> Tra
 def load_ensemble(paths: Sequence[str | Path], device: str | torch.device = "cpu") -> Transcriber | Ensemble:
     """What several checkpoints hear together, or the one that is given; one that is named twice counts twice. Raises as `load_checkpoint` and `Ensemble` do."""
     loaded = {path: load_checkpoint(path, device) for path in dict.fromkeys(paths)}
-    return Ensemble([loaded[path] for path in paths]) if len(paths) > 1 else loaded[paths[0]]
+    try:
+        return Ensemble([loaded[path] for path in paths]) if len(paths) > 1 else loaded[paths[0]]
+    except ValueError as error:
+        raise ValueError(f"{', '.join(map(str, paths))}: {error}") from error

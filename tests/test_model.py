@@ -771,5 +771,5 @@ def test_an_ensemble_of_one_is_a_model(tmp_path):
 def test_onsets_of_two_kinds_are_not_averaged(tmp_path):
     for name in RECIPES:
         save_checkpoint(tmp_path / f"{name}.pt", build_model("rnn", SMALL, RECIPES[name]))
-    with pytest.raises(ValueError, match="onset targets are 'two' and 'one'"):
+    with pytest.raises(ValueError, match="default.pt, .*course.pt: onset targets are 'two' and 'one'"):
         load_ensemble([tmp_path / "default.pt", tmp_path / "course.pt"])
