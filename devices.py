@@ -33,24 +33,33 @@ def rank_and_world() -> tuple[int, int]:
     return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
 
 
-def keep_pages() -> None:
-    """Let glibc keep freed memory for the next step: handing fresh pages to each was nearly half of a step on the CPU."""
+def keep_pages(largest: int | None = None) -> None:
+    """Let glibc keep freed memory for the next step: handing fresh pages to each was nearly half of a step on the CPU.
+
+    Blocks of `largest` bytes and more, at most 32 MiB, are given back nonetheless: for what grows with a recording, and is
+    needed once, no hole that an earlier block left may be large enough.
+    """
     with contextlib.suppress(OSError, AttributeError, TypeError):  # not glibc: nothing to tune
         mallopt = ctypes.CDLL(None).mallopt
-        mallopt(-4, 0)         # M_MMAP_MAX: no big block gets a mapping of its own, to be unmapped when freed
-        mallopt(-1, -1)        # M_TRIM_THRESHOLD: never give the top of the heap back
-        mallopt(-2, 64 << 20)  # M_TOP_PAD: grow by 64 MiB at a time
-        mallopt(-8, 1)         # M_ARENA_MAX: no heap for each thread, which would be unmapped when it is empty
+        if largest is None:
+            mallopt(-4, 0)        # M_MMAP_MAX: no big block gets a mapping of its own, to be unmapped when freed
+        else:
+            mallopt(-3, largest)  # M_MMAP_THRESHOLD: only blocks from here on get one
+        mallopt(-1, -1)           # M_TRIM_THRESHOLD: never give the top of the heap back
+        mallopt(-2, 64 << 20)     # M_TOP_PAD: grow by 64 MiB at a time
+        mallopt(-8, 1)            # M_ARENA_MAX: no heap for each thread, which would be unmapped when it is empty
 
 
 def pick_device(name: str = "auto", number: int | None = None) -> torch.device:
-    """The device of that name, or the best there is; of several GPUs that of this `number`.
+    """The device of that name, or the best there is; of several GPUs that of this `number`, which only processes that train together have.
 
     Raises:
-        ValueError: this machine has no such device.
+        ValueError: this machine has no such device, or it is one on which processes cannot train together.
     """
     if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() and number is None else "cpu"
+    if name == "mps" and number is not None:
+        raise ValueError("device 'mps': several processes cannot share it; leave out torchrun, or take --device cpu")
     if name == "cuda" and number is not None:  # before anything is put on the first, where each process would take up memory
         name = f"cuda:{number}"
     try:

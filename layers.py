@@ -3,6 +3,7 @@
 Shapes: B batch, C channels, T frames, M mel bands, H hidden units.
 """
 
+import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -198,16 +199,17 @@ class PooledRectifiedDropped(torch.autograd.Function):
         return whole, None, None
 
 
-def in_context(features: Tensor, lstm: nn.RNNBase) -> Tensor:
-    """(B, T, C) -> (B, T, 2H). On CUDA in float32, for autocast would make float16 of it there, too coarse for the gradients."""
+def in_context(features: Tensor, lstm: nn.RNNBase, output: nn.Linear) -> Tensor:
+    """(B, T, C) -> `output` of what recurrent layers hear, (B, T, K). These compute in float32 on CUDA, for autocast would make float16 of it there, too coarse for the gradients."""
     in_pieces = isinstance(lstm, nn.LSTM) and lstm.bidirectional and lstm.bias and not lstm.proj_size  # others read all at once
     with torch.autocast("cuda", enabled=False):
         features = features.float() if features.is_cuda else features
-        if not (in_pieces and is_long(features)):
-            return lstm(features)[0]
-        for layer in range(lstm.num_layers):
-            features = layer_in_pieces(features, lstm, layer)
-        return features
+        if in_pieces and is_long(features):
+            for layer in range(lstm.num_layers - 1):
+                features = layer_in_pieces(features, lstm, layer)
+            return last_layer_in_pieces(features, lstm, output)
+        heard = lstm(features)[0]
+    return output(heard)
 
 
 def is_long(features: Tensor) -> bool:
@@ -226,28 +228,51 @@ def layer_in_pieces(features: Tensor, lstm: nn.LSTM, layer: int) -> Tensor:
     return heard
 
 
+def last_layer_in_pieces(features: Tensor, lstm: nn.LSTM, output: nn.Linear) -> Tensor:
+    """(B, T, C) -> (B, T, K). What the layer hears is not kept, for of three hours it would be 0.7 GB in `onf`."""
+    said, one_at_a_time = features.new_zeros(*features.shape[:2], output.out_features, dtype=torch.float32), threading.Lock()
+    halves = output.weight.chunk(2, dim=1)
+
+    def keep(way: int, where: slice, piece: Tensor) -> None:
+        part = nn.functional.linear(piece, halves[way], None if way else output.bias)
+        with one_at_a_time:
+            said[:, where] += part
+
+    read_in_pieces(lstm, lstm.num_layers - 1, features.shape[1], lambda where: features[:, where], keep)
+    return said.to(features.dtype)
+
+
 def read_in_pieces(lstm: nn.LSTM, layer: int, n_frames: int, read: Callable[[slice], Tensor],
-                   keep: Callable[[int, slice, Tensor], Any]) -> None:
-    """One layer of an LSTM in inference, LONG_FRAMES at a time, each piece beginning with the state in which the one before it
+                   keep: Callable[[int, slice, Tensor], Any], at_a_time: int | None = None) -> None:
+    """One layer of an LSTM in inference, piece by piece, each beginning with the state in which the one before it
     ended: in one, 20 minutes of `onf` take 0.3 GB more. The two directions run side by side.
 
     Args:
         read: gives the features (B, t, C) of a slice of the frames.
         keep: is given the direction (0, or 1 for backwards), the slice, and what was heard in it, (B, t, H).
+        at_a_time: how many frames a piece has; LONG_FRAMES where it is not said.
     """
-    starts = range(0, n_frames, LONG_FRAMES)
+    at_a_time = at_a_time or LONG_FRAMES
+    starts = range(0, n_frames, at_a_time)
 
     def run(way: int) -> None:
-        weights = [getattr(lstm, f"{name}_l{layer}{('', '_reverse')[way]}") for name in ("weight_ih", "weight_hh", "bias_ih", "bias_hh")]
-        state = None
+        one, state = one_direction(lstm, layer, way), None
         for start in reversed(starts) if way else starts:
-            where = slice(start, min(start + LONG_FRAMES, n_frames))
+            where = slice(start, min(start + at_a_time, n_frames))
             piece = read(where)
-            state = state or (piece.new_zeros(1, len(piece), lstm.hidden_size),) * 2
-            piece, *state = torch.lstm(piece.flip(1) if way else piece, state, weights, True, 1, 0.0, False, False, True)
+            piece, state = one(piece.flip(1) if way else piece, state)
             keep(way, where, piece.flip(1) if way else piece)
 
     side_by_side(run, range(2), lstm.weight_hh_l0.device.type)
+
+
+def one_direction(lstm: nn.LSTM, layer: int, way: int) -> nn.LSTM:
+    """One layer of an LSTM in one direction, 0 or 1 for backwards, by itself: on CUDA weights lie in one block for each nn.LSTM, and
+    some of a larger one's would be copied for every piece."""
+    weights = {f"{name}_l0": getattr(lstm, f"{name}_l{layer}{('', '_reverse')[way]}") for name in ("weight_ih", "weight_hh", "bias_ih", "bias_hh")}
+    one = nn.LSTM(weights["weight_ih_l0"].shape[1], lstm.hidden_size, batch_first=True, device="meta").to_empty(device=lstm.weight_hh_l0.device)
+    one.load_state_dict(weights)
+    return one
 
 
 def side_by_side(work: Callable[[int], None], numbers: range, kind: str) -> None:

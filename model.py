@@ -43,6 +43,7 @@ LEVEL_RATE = 0.01   # weight of the latest batch in the level that training hear
 COLOUR_BANDS = 8    # mel bands over which a recording's colour is smoothed, a third of an octave at 440 Hz
 COLOUR_SECONDS = 60  # of a recording, that count as much for its colour as all training
 CHUNK_FRAMES = 352  # frames convolved at a time, 11 s: big enough to be fast, small enough for flat memory; a CPU has two such chunks at work at once
+PIECE_FRAMES = 128  # that `harmonic` reads at a time in a long recording, all keys at once
 
 
 @dataclass(frozen=True)
@@ -84,7 +85,7 @@ def bi_lstm(inputs: int, units: int) -> nn.LSTM:
 
 def recurrent_head(features: Tensor, lstm: nn.LSTM, output: nn.Linear, path: nn.Linear | None) -> Tensor:
     """(B, T, C) -> logits (B, T, K)."""
-    logit = output(in_context(features, lstm))                            # (B, T, C) -> (B, T, 2H) -> (B, T, K)
+    logit = in_context(features, lstm, output)                            # (B, T, C) -> (B, T, 2H) -> (B, T, K)
     return logit if path is None else logit + path(features)
 
 
@@ -332,7 +333,7 @@ class OnsetsAndFrames(Transcriber):
     def recur(self, frame: Tensor, onset: Tensor) -> tuple[Tensor, Tensor]:
         onset = recurrent_head(onset, self.onset_lstm, self.onset_fc, self.onset_path)          # (B, T, C) -> (B, T, K)
         combined = torch.cat([frame, onset.detach()], dim=-1)                                   # (B, T, 2K)
-        logit = self.combined_fc(in_context(combined, self.combined_lstm))                      # -> (B, T, 2H) -> (B, T, K)
+        logit = in_context(combined, self.combined_lstm, self.combined_fc)                      # -> (B, T, 2H) -> (B, T, K)
         return logit + frame if self.recipe.residual else logit, onset
 
 
@@ -422,7 +423,7 @@ class Harmonic(Transcriber):
             with one_at_a_time:
                 logit[:, :, where] += said.movedim(3, 0)
 
-        read_in_pieces(self.lstm, 0, key.shape[1], lambda where: self.along_keys(key[:, where], every[:, where]), keep)
+        read_in_pieces(self.lstm, 0, key.shape[1], lambda where: self.along_keys(key[:, where], every[:, where]), keep, PIECE_FRAMES)
         return logit[0], logit[1]
 
     def past_recurrent(self, key: Tensor) -> Tensor:

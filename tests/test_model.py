@@ -243,15 +243,13 @@ def test_harmonic_filters_read_between_the_bands():
     assert torch.allclose(weights[heard], torch.ones(())) and not weights[(hertz < 20) | (hertz > 8200)].any()
 
 
-@pytest.mark.parametrize("pitch", [33, 57, 69, 88, 100])
-@pytest.mark.parametrize("harmonic", [1, 2, 3])
+@pytest.mark.parametrize("pitch, harmonic", [(pitch, harmonic) for pitch in (33, 57, 69, 88, 100) for harmonic in (1, 2, 3) if (pitch, harmonic) != (33, 3)])
 def test_a_tone_is_found_at_each_key_of_which_it_is_a_harmonic(pitch, harmonic):
     time = torch.arange(20 * HOP_SIZE) / constants.SAMPLE_RATE
     power = LogMelSpectrogram()(torch.sin(2 * math.pi * 440 * 2 ** ((pitch - 69) / 12) * time)[None])[0, 10].exp()
     read = (power @ harmonic_filters().flatten(1)).unflatten(0, (N_KEYS, 12, 3))[:, HARMONICS.index(harmonic), 1]
     key = pitch - constants.MIN_MIDI - round(12 * math.log2(harmonic))
-    if key >= 0:
-        assert abs(int(read.argmax()) - key) <= (1 if pitch < 50 else 0)  # low bands are as wide as several keys
+    assert abs(int(read.argmax()) - key) <= (1 if pitch < 50 else 0)  # low bands are as wide as several keys
 
 
 def test_outputs_of_the_harmonic_model_start_at_the_base_rates_and_are_logits():
@@ -576,7 +574,7 @@ def test_inference_leaves_the_number_of_threads(threads, fails, float32, monkeyp
         torch.set_num_threads(threads)
         model, audio = lively("onf"), noise(17 * HOP_SIZE)
         if fails:
-            monkeypatch.setattr(torch, "lstm", None)
+            monkeypatch.setattr(layers, "one_direction", None)
         with pytest.raises(TypeError) if fails else contextlib.nullcontext():
             model.infer(audio)
         later = threading.Thread(target=lambda: numbers.append(torch.get_num_threads()))
