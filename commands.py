@@ -1,11 +1,13 @@
 """What the four commands share: how they show their help, read numbers, print any file's name, and end."""
 
 import argparse
+import contextlib
 import io
 import math
 import os
+import re
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 
@@ -26,22 +28,44 @@ def positive(kind: type, or_zero: bool = False, below: float = math.inf) -> Call
     return parse
 
 
+@contextlib.contextmanager
+def memory_errors() -> Iterator[None]:
+    """Within, where memory does not suffice, which torch calls a RuntimeError, a MemoryError says so in a line for people."""
+    try:
+        yield
+    except (MemoryError, RuntimeError) as error:
+        if isinstance(error, RuntimeError) and not re.search("out of memory|not enough memory|can't allocate memory|bad_alloc", str(error)):
+            raise
+        raise MemoryError("not enough memory; shorter recordings, or in training a smaller --batch_size or --sequence_length, take less") from error
+
+
+@contextlib.contextmanager
+def errors_of(name: object) -> Iterator[None]:
+    """Within, the lines of ValueError and MemoryError begin with the name of the recording that is worked on."""
+    try:
+        with memory_errors():
+            yield
+    except (ValueError, MemoryError) as error:
+        raise (MemoryError if isinstance(error, MemoryError) else ValueError)(f"{name}: {error}") from error
+
+
 def exit_status_of(name: str, work: Callable[[], int], left: str, *bad: type[Exception]) -> int:
-    """The exit status of a command's `work`; 1 after an exception of the kinds `bad`, which says what is bad in a line, 130 after
-    Ctrl-C, when `left` says what is left of it, and 141 where who reads its output has closed the pipe, as `head` does.
+    """The exit status of a command's `work`; 1 after an exception of the kinds `bad`, which says what is bad in a line, or where memory does
+    not suffice, 130 after Ctrl-C, when `left` says what is left of it, and 141 where who reads its output has closed the pipe, as `head` does.
 
     What standard output cannot take goes there as an escape: in file names any byte may stand, and not every terminal speaks Unicode.
     """
     if isinstance(sys.stdout, io.TextIOWrapper):  # in a notebook it is none, and takes anything
         sys.stdout.reconfigure(errors="backslashreplace")
     try:
-        status = work()
+        with memory_errors():
+            status = work()
         print(end="", flush=True)  # a closed pipe is noticed here, and not when Python ends
         return status
     except BrokenPipeError:  # an OSError too
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # which Python flushes once more
         return 141
-    except bad as error:
+    except (*bad, MemoryError) as error:
         print(f"{name}: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:

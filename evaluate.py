@@ -4,6 +4,7 @@ import argparse
 import copy
 import csv
 import sys
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ import torch
 from tqdm import tqdm
 
 from analyse import OFFSET_RATIO, add, compare, count, draw_errors, format_errors, held_by_pedal, match
-from commands import Help, exit_status_of
+from commands import Help, errors_of, exit_status_of
 from constants import HOP_SIZE, MIN_MIDI, SAMPLE_RATE
 from dataset import SPLITS, Recording, load_split
 from devices import keep_pages, pick_device
@@ -179,9 +180,11 @@ def same_velocity(whole: np.ndarray, ref: np.ndarray, est: np.ndarray) -> np.nda
 
 
 def predict(model: Transcriber | Ensemble, recordings: list[Recording]) -> Iterator[Heard]:
-    """What `infer` hears in whole recordings; one at a time, for an hour of it takes 89 MB."""
+    """What `infer` hears in whole recordings; one at a time, for an hour of it takes 89 MB. Raises ValueError, which names the recording, as `infer` does."""
     for recording in tqdm(recordings, "listening", unit="recording", leave=False, disable=None):
-        yield tuple(part.numpy() for part in model.infer(recording.to_float()))
+        with errors_of(recording.name):
+            heard = model.infer(recording.to_float())
+        yield tuple(part.numpy() for part in heard)
 
 
 def logit_to_prob(logit: np.ndarray) -> np.ndarray:
@@ -296,6 +299,12 @@ def write_results(path: Path, recordings: list[Recording], rows: list[dict[str, 
         table.writerows(named)
 
 
+def names_of(checkpoints: list[Path]) -> list[str]:
+    """What results call them: their files' names, with those of their folders where different ones have the same."""
+    files = Counter(path.stem for path in {path.resolve() for path in checkpoints})
+    return [f"{path.resolve().parent.name}-{path.stem}" if files[path.stem] > 1 else path.stem for path in checkpoints]
+
+
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="Score a checkpoint on whole recordings; per-recording results go to JSON and CSV.",
                                      formatter_class=Help)
@@ -337,8 +346,7 @@ def run(args: argparse.Namespace) -> int:
         model = load_ensemble(args.checkpoints, device)
     rows, heard = evaluate_split(model, recordings, args.reference)
     named = " + ".join(map(str, args.checkpoints))
-    stems = "+".join(dict.fromkeys(checkpoint.stem for checkpoint in args.checkpoints))
-    path = (args.save_path or args.checkpoints[0].parent) / f"{stems}_{args.split}_{args.reference}.json"
+    path = (args.save_path or args.checkpoints[0].parent) / f"{'+'.join(names_of(args.checkpoints))}_{args.split}_{args.reference}.json"
     said = [f"{named}, {len(rows)} {args.split} recordings of {' '.join(folders)}, reference: {args.reference}, "
             f"sustain-extended: yes, thresholds: onset {model.thresholds['onset']:.2f}, frame {model.thresholds['frame']:.2f}",
             format_table(summarise(rows))]
@@ -349,7 +357,7 @@ def run(args: argparse.Namespace) -> int:
         analysis = {"analysis": {"total": total, "recordings": [{"recording": recording.name, **each} for recording, each in zip(recordings, counts)]}}
         said.append(f"\nall notes of the {len(rows)} recordings together\n{format_errors(total)}\n")
     try:
-        write_results(path, recordings, rows, model.thresholds, checkpoint=" + ".join(checkpoint.name for checkpoint in args.checkpoints), data=folders,
+        write_results(path, recordings, rows, model.thresholds, checkpoint=" + ".join(f"{name}.pt" for name in names_of(args.checkpoints)), data=folders,
                       split=args.split, reference=args.reference, **analysis)
         if args.analyse:
             draw_errors(path.with_suffix(".png"), total, f"{named}, {len(rows)} {args.split} recordings of {' '.join(folders)}")

@@ -2,7 +2,7 @@
 
 The one definition of time. Frame t covers the samples [t * HOP_SIZE, (t + 1) * HOP_SIZE); what is said of a frame is said
 of its centre, (t + 0.5) * HOP_SIZE / SAMPLE_RATE seconds. An onset lies in the frame that covers it, so reading it back at
-the centre errs by at most 16 ms and by 0 ms on average. The spectrogram centres its window there too (`model.py`).
+the centre errs by at most 16 ms and by 0 ms on average. The spectrogram centres its window there too (`spectrogram.py`).
 """
 
 from dataclasses import dataclass

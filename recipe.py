@@ -4,6 +4,7 @@ import dataclasses
 import math
 from dataclasses import dataclass
 
+from constants import N_KEYS
 from notes import ONSET_PLACES
 
 
@@ -39,8 +40,10 @@ class Recipe:
             raise ValueError("combined_unit is a whole number from 1 on, not 0")
         if not self.learning_rate:
             raise ValueError("learning_rate is more than 0, or nothing is learnt")
-        if self.dropout >= 1:
-            raise ValueError(f"dropout is a share below 1, or nothing is left, not {self.dropout:g}")
+        if round(256 * self.dropout) >= 256:  # in steps of which Dropout counts
+            raise ValueError(f"dropout is a share below 0.998, or nothing is left, not {self.dropout:g}")
+        if self.transpose >= N_KEYS:
+            raise ValueError(f"transpose is fewer semitones than there are keys, {N_KEYS}, not {self.transpose}")
         for name in ("room", "noise"):
             if getattr(self, name) > 1:
                 raise ValueError(f"{name} is a probability, 1 at most, not {getattr(self, name):g}")

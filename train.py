@@ -92,7 +92,8 @@ def batches(segments: Segments, batch_size: int, first: int, last: int, workers:
     loader = torch.utils.data.DataLoader(segments, batch_sampler=numbers, num_workers=workers, pin_memory=device.type == "cuda",
                                          worker_init_fn=leave_signals)
     for batch in loader:
-        yield {name: value.to(device, non_blocking=True) if name != "recording" else value for name, value in batch.items()}
+        # other devices than CUDA may still copy from memory that is not pinned when it has been freed
+        yield {name: value.to(device, non_blocking=device.type == "cuda") if name != "recording" else value for name, value in batch.items()}
 
 
 def end_workers() -> None:

@@ -13,7 +13,7 @@ import torch
 from tqdm import tqdm
 
 from audio import has_fluidsynth, load_audio, render_midi, save_audio
-from commands import Help, exit_status_of
+from commands import Help, errors_of, exit_status_of
 from constants import F_MAX, F_MIN, HOP_SIZE, MAX_MIDI, MIN_MIDI, SAMPLE_RATE
 from devices import keep_pages, pick_device
 from evaluate import estimated_notes, logit_to_prob
@@ -115,9 +115,10 @@ def transcribe_file(model: Transcriber | Ensemble, path: Path, base: Path, sound
     """Read `path`, write all that is named after `base`, and say so in a line. Returns the exit status."""
     try:
         audio = load_audio(path)
-        notes, onset, frame = transcribe(model, audio)
+        with errors_of(path):
+            notes, onset, frame = transcribe(model, audio)
         write_all(base, audio, notes, onset, frame, sound)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, MemoryError) as error:
         tqdm.write(f"transcribe.py: {error}", file=sys.stderr)
         return 1
     tqdm.write(f"{path}: {len(audio) / SAMPLE_RATE:.1f} s, {len(notes)} notes -> {base}.midi")
@@ -154,7 +155,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 
 def run(args: argparse.Namespace) -> int:
     """Transcribe what the command line names. Returns the exit status; raises OSError and ValueError."""
-    keep_pages()
+    keep_pages(largest=32 << 20)
     model = load_ensemble(args.checkpoints, pick_device(args.device))
     recordings = find_recordings(args.audio)
     check_writable(args.save_path)
