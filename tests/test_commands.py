@@ -6,6 +6,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 import prepare
 from commands import exit_status_of
 from dataset import COLUMNS
@@ -45,6 +47,23 @@ def test_ctrl_c_ends_in_a_line(capsys):
 
     assert exit_status_of("a.py", work, "all is well") == 130
     assert capsys.readouterr() == ("", "a.py: interrupted; all is well\n")
+
+
+@pytest.mark.parametrize("error", [MemoryError(), RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried")])
+def test_too_little_memory_ends_in_a_line(error, capsys):
+    def work():
+        raise error
+
+    assert exit_status_of("a.py", work, "") == 1
+    assert capsys.readouterr().err.startswith("a.py: not enough memory; ")
+
+
+def test_other_errors_of_torch_are_not_taken_for_that():
+    def work():
+        raise RuntimeError("shapes differ")
+
+    with pytest.raises(RuntimeError, match="shapes differ"):
+        exit_status_of("a.py", work, "")
 
 
 def test_who_reads_the_output_may_stop(tmp_path):

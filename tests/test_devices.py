@@ -16,8 +16,17 @@ def test_an_unknown_device_is_named():
     with pytest.raises(ValueError, match="device 'abacus'"):
         pick_device("abacus")
     assert pick_device("cpu") == pick_device("cpu", 3) == torch.device("cpu")
+    with pytest.raises(ValueError, match="device 'mps': several processes"):
+        pick_device("mps", 0)
     with pytest.raises(ValueError, match="device 'cuda:99'"):  # of a hundred processes the last, with fewer GPUs or none
         pick_device("cuda", 99)
+
+
+def test_processes_that_train_together_on_a_mac_use_its_cpu(monkeypatch):
+    """Neither of the ways in which they could talk to each other knows of its GPU."""
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert pick_device("auto", 1) == torch.device("cpu")
 
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc" or not Path("/proc/self/statm").exists(), reason="memory is kept where glibc is, and measured on Linux")

@@ -277,9 +277,10 @@ def struck(seed: int, gain: float, lowest: int = 20) -> Recording:
     pitches, velocities = random.integers(40, 80, len(onsets)), random.integers(lowest, 110, len(onsets))
     audio = np.zeros(len(seconds))
     for onset, pitch, velocity in zip(onsets, pitches, velocities):
-        since = seconds[seconds >= onset] - onset
+        sounding = (seconds >= onset) & (seconds < onset + 1)
+        since = seconds[sounding] - onset
         tone = sum(np.sin(2 * np.pi * n * 440 * 2 ** ((pitch - 69) / 12) * since) / n for n in (1, 2, 3, 4))
-        audio[len(audio) - len(since) :] += 0.05 * 10 ** ((velocity - 110) / 60) * np.exp(-6 * since) * tone
+        audio[sounding] += 0.05 * 10 ** ((velocity - 110) / 60) * np.exp(-6 * since) * tone
     return Recording(str(seed), (gain * audio * 32767).astype(np.int16), Notes(np.stack([onsets, onsets + 0.3], 1), pitches, velocities))
 
 
@@ -599,13 +600,29 @@ def test_the_command_scores_several_checkpoints_as_one(data_folder, checkpoint, 
     paths = [str(checkpoint), str(other), str(other)]
     assert evaluate.main([*paths, "--data", str(data_folder), "--save_path", str(tmp_path)]) == 0
     assert capsys.readouterr().out.startswith(f"{checkpoint} + {other} + {other}, 2 test recordings")
-    written = json.loads((tmp_path / "small+other_test_midi.json").read_text())
+    written = json.loads((tmp_path / "small+other+other_test_midi.json").read_text())
     expected, _ = evaluate_split(load_ensemble(paths), load_split(data_folder, "test"))
     assert [row.pop("recording") for row in written["recordings"]] == ["r4.flac", "r5.flac"]
     assert written["recordings"] == [pytest.approx(row) for row in expected] and written["checkpoint"] == "small.pt + other.pt + other.pt"
+    assert list(tmp_path.glob("*.csv")) == [tmp_path / "small+other+other_test_midi.csv"]
     with pytest.raises(SystemExit):
         evaluate.main([*paths, "--share", str(tmp_path / "shared.pt"), "--data", str(data_folder)])
     assert "--share writes one checkpoint" in capsys.readouterr().err and not (tmp_path / "shared.pt").exists()
+
+
+def test_checkpoints_of_one_name_are_told_apart(tmp_path):
+    """And what was written of one alone stays."""
+    one, other, best = (tmp_path / name for name in ("a/model-best.pt", "b/model-best.pt", "b/best.pt"))
+    assert evaluate.names_of([one, other, other, best]) == ["a-model-best", "b-model-best", "b-model-best", "best"]
+    assert evaluate.names_of([one, one]) == ["model-best", "model-best"] and evaluate.names_of([one]) == ["model-best"]
+
+
+def test_a_recording_that_cannot_be_heard_is_named(data_folder, checkpoint, monkeypatch):
+    model, recordings = load_checkpoint(checkpoint), load_split(data_folder, "test")
+    for error, kind in ((ValueError("not a number"), ValueError), (RuntimeError("CUDA out of memory. Tried"), MemoryError)):
+        monkeypatch.setattr(model, "infer", mock.Mock(side_effect=error))
+        with pytest.raises(kind, match=r"^r4\.flac: not "):
+            evaluate_split(model, recordings)
 
 
 def test_the_command_scores_another_split(data_folder, checkpoint, tmp_path):

@@ -1,5 +1,8 @@
 """The convolution stacks in 8-bit integers beside those in floats."""
 
+import copy
+import functools
+
 import pytest
 import torch
 from torch import nn
@@ -13,27 +16,30 @@ needs_bytes = pytest.mark.skipif(not multiplies_bytes(torch.device("cpu")), reas
 BANDS = 23  # odd, and so are its halves
 
 
-def trained(made: nn.Module, *shape: int) -> nn.Module:
+@functools.cache
+def trained(kind: type[nn.Module], sizes: tuple[int, ...], heard: tuple[int, ...]) -> nn.Module:
     """A stack whose batch norm has heard what it is asked about, as after training."""
+    torch.manual_seed(0)
+    made = kind(*sizes)
     for layer in made.modules():
         if isinstance(layer, BatchNorm):
             nn.init.uniform_(layer.weight, 0.2, 2)
             nn.init.normal_(layer.bias)
     for _ in range(50):
-        made(torch.randn(shape))
+        made(torch.randn(heard))
     return made.eval()
 
 
 @pytest.fixture
 def stack() -> ConvStack:
-    torch.manual_seed(0)
-    return trained(ConvStack(BANDS, 8, 32), 4, 40, BANDS)
+    torch.manual_seed(1)
+    return copy.deepcopy(trained(ConvStack, (BANDS, 8, 32), (4, 40, BANDS)))
 
 
 @pytest.fixture
 def harmonic_stack() -> HarmonicStack:
-    torch.manual_seed(0)
-    return trained(HarmonicStack(12, 32), 4, 12, 10, 88)
+    torch.manual_seed(1)
+    return copy.deepcopy(trained(HarmonicStack, (12, 32), (4, 12, 10, 88)))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -102,7 +102,8 @@ def test_rendering_in_this_process_first_does_not_hang_the_workers(tmp_path, sma
 def test_ctrl_c_and_sigterm_wait_for_the_recordings_at_hand_and_leave_no_workers(tmp_path, number, to_all):
     """A terminal sends Ctrl-C to all processes, the idle one too."""
     code = """
-import sys, prepare, slow
+import signal, sys, prepare, slow
+signal.signal(signal.SIGINT, signal.default_int_handler)  # what a shell starts in the background would ignore it
 try:
     with prepare.process_pool(2) as pool:
         last = pool.submit(slow.pause_then_write, sys.argv[1])
@@ -112,7 +113,7 @@ try:
 except KeyboardInterrupt:
     print("interrupted", file=sys.stderr)
 """
-    (tmp_path / "slow.py").write_text("import pathlib, time\ndef pause_then_write(path):\n    time.sleep(2)\n    pathlib.Path(path).touch()\n")
+    (tmp_path / "slow.py").write_text("import pathlib, time\ndef pause_then_write(path):\n    time.sleep(1)\n    pathlib.Path(path).touch()\n")
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(tmp_path), str(Path(prepare.__file__).parent)])}
     process = subprocess.Popen([sys.executable, "-c", code, str(tmp_path / "done")], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
                                start_new_session=True, env=environment)

@@ -309,12 +309,11 @@ def test_other_validation_data_begin_a_new_search_for_the_best(finished, data_fo
         assert state_of(tmp_path / name / "model-best.pt")["step"] == step
 
 
-def test_a_resumed_run_keeps_its_recipe(data_folder, tmp_path, monkeypatch):
+def test_a_resumed_run_keeps_its_recipe(finished, tmp_path, monkeypatch):
     """What `--recipe default` means may change between two versions; a run that began with the old one ends with it."""
-    assert train.main(tiny(data_folder, tmp_path / "whole")) == 0
     monkeypatch.setitem(train.RECIPES, "default", RECIPES["course"])
-    assert train.main(["--resume", str(tmp_path / "whole" / "model-2.pt"), "--logdir", str(tmp_path / "again"), "--device", "cpu"]) == 0
-    assert_same_run(tmp_path / "whole" / "model-4.pt", tmp_path / "again" / "model-4.pt")
+    assert train.main(["--resume", str(finished / "model-2.pt"), "--logdir", str(tmp_path), "--device", "cpu"]) == 0
+    assert_same_run(finished / "model-4.pt", tmp_path / "model-4.pt")
 
 
 def test_several_data_folders(data_folder, tmp_path, capsys):

@@ -15,7 +15,8 @@ import model as model_module
 import transcribe
 from audio import has_fluidsynth, load_audio
 from constants import HOP_SIZE, SAMPLE_RATE
-from model import Sizes, build_model, load_checkpoint, load_ensemble, save_checkpoint
+from evaluate import note_metrics
+from model import RELEASED, Sizes, build_model, load_checkpoint, load_ensemble, save_checkpoint
 from notes import Notes, read_midi
 from recipe import RECIPES
 from transcribe import find_recordings
@@ -267,6 +268,28 @@ def test_a_failed_file_does_not_stop_the_others(checkpoint, tones, tmp_path, pla
     errors = [line for line in captured.err.splitlines() if "libfluidsynth" not in line]
     assert [line.startswith(f"transcribe.py: {path}: ") for line, path in zip(errors, (bad, missing), strict=True)] == [True, True]
     assert captured.out.count("->") == 2
+
+
+def test_a_recording_too_long_for_the_memory_does_not_stop_the_others(checkpoint, tones, tmp_path, plain, monkeypatch, capsys):
+    last, whole = write(tmp_path / "last.wav", play(NOTES, 0.5), SAMPLE_RATE), transcribe.transcribe
+
+    def hear(model, audio):
+        if len(audio) > SAMPLE_RATE:
+            raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 99 bytes.")
+        return whole(model, audio)
+
+    monkeypatch.setattr(transcribe, "transcribe", hear)
+    assert run(checkpoint, tmp_path / "out", tones.audio, last) == 1
+    assert f"transcribe.py: {tones.audio}: not enough memory; shorter recordings" in capsys.readouterr().err
+    assert "last_transcribed.midi" in written(tmp_path / "out")
+
+
+@pytest.mark.parametrize("paths", [RELEASED[:1], RELEASED[-1:], RELEASED], ids=["harmonic", "onf", "both"])
+def test_the_released_checkpoints_hear_notes(paths, tones):
+    """Plain tones are no piano, and yet all are found, and not much else."""
+    notes, _, _ = transcribe.transcribe(load_ensemble(paths), load_audio(tones.audio))
+    scores = note_metrics(tones.notes, notes, ("note",))
+    assert scores["metric/note/recall"] == 1 and scores["metric/note/precision"] >= 0.5
 
 
 def test_without_a_checkpoint_the_released_one_is_used(checkpoint, tones, tmp_path, monkeypatch):
