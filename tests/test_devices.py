@@ -30,13 +30,12 @@ def test_processes_that_train_together_on_a_mac_use_its_cpu(monkeypatch):
 
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc" or not Path("/proc/self/statm").exists(), reason="memory is kept where glibc is, and measured on Linux")
-@pytest.mark.parametrize("kept", [True, False])
-def test_freed_memory_is_kept(kept):
+@pytest.mark.parametrize("call, kept", [("devices.keep_pages()", True), ("devices.keep_pages(largest=32 << 20)", False), ("", False)])
+def test_freed_memory_is_kept(call, kept):
     """In a process of its own, for it cannot be undone: 64 MiB that were filled and freed still belong to it, or not."""
     code = f"""
 import resource, torch, devices
-if {kept}:
-    devices.keep_pages()
+{call}
 def pages():
     return int(open("/proc/self/statm").read().split()[1])
 block = torch.ones(16 << 20)

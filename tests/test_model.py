@@ -538,6 +538,11 @@ def test_default_chunks_meet_without_a_seam(float32):
         assert (a - b).abs().max() < 1e-3
 
 
+def read_short_pieces(monkeypatch) -> None:
+    monkeypatch.setattr(layers, "LONG_FRAMES", 8)
+    monkeypatch.setattr(model_module, "PIECE_FRAMES", 4)
+
+
 @pytest.mark.parametrize("name, n_layers", [("rnn", 4), ("onf", 4), ("harmonic", 1)])
 @pytest.mark.parametrize("n_frames", [9, 16, 17])
 def test_recurrent_layers_infer_piece_by_piece(name, n_layers, n_frames, float32, monkeypatch):
@@ -548,7 +553,7 @@ def test_recurrent_layers_infer_piece_by_piece(name, n_layers, n_frames, float32
         monkeypatch.setattr(module, "read_in_pieces", lambda *args: calls.append(args) or read(*args))
     model.infer(audio)
     assert not calls
-    monkeypatch.setattr(layers, "LONG_FRAMES", 8)
+    read_short_pieces(monkeypatch)
     pieces = logits(model, audio)
     for a, b in zip(whole, pieces):
         assert a.std() > 0 and (a - b).abs().max() < 1e-5
@@ -559,7 +564,7 @@ def test_recurrent_layers_infer_piece_by_piece(name, n_layers, n_frames, float32
 def test_pieces_are_as_exact_as_the_whole_under_autocast(name, monkeypatch):
     model, audio = lively(name), noise(17 * HOP_SIZE)
     whole = logits(model, audio)
-    monkeypatch.setattr(layers, "LONG_FRAMES", 8)
+    read_short_pieces(monkeypatch)
     for a, b in zip(whole, logits(model, audio)):
         assert (a - b).abs().max() < 0.07 < a.std()
 
