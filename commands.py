@@ -41,11 +41,13 @@ def memory_errors() -> Iterator[None]:
 
 @contextlib.contextmanager
 def errors_of(name: object) -> Iterator[None]:
-    """Within, the lines of ValueError and MemoryError begin with the name of the recording that is worked on."""
+    """Within, the lines of ValueError and MemoryError begin with the name of the recording that is worked on, if they do not yet."""
     try:
         with memory_errors():
             yield
     except (ValueError, MemoryError) as error:
+        if str(error).startswith(f"{name}: "):
+            raise
         raise (MemoryError if isinstance(error, MemoryError) else ValueError)(f"{name}: {error}") from error
 
 

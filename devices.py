@@ -7,6 +7,8 @@ import platform
 import torch
 import torch.distributed as dist
 
+BIG_BLOCK = 32 << 20  # bytes; glibc takes no larger M_MMAP_THRESHOLD
+
 
 def autocast(device: torch.device) -> torch.autocast:
     """bfloat16 where the hardware multiplies it: NVIDIA's GPUs of compute capability 8.0 and more, and CPUs with AMX or AVX512-BF16."""
@@ -33,21 +35,21 @@ def rank_and_world() -> tuple[int, int]:
     return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
 
 
-def keep_pages(largest: int | None = None) -> None:
+def keep_pages(all_blocks: bool = False) -> None:
     """Let glibc keep freed memory for the next step: handing fresh pages to each was nearly half of a step on the CPU.
 
-    Blocks of `largest` bytes and more, at most 32 MiB, are given back nonetheless: for what grows with a recording, and is
-    needed once, no hole that an earlier block left may be large enough.
+    Unless `all_blocks`, as training needs it, those of BIG_BLOCK and more are given back: what grows with a recording is needed
+    once, and no hole that an earlier block left may be large enough for it.
     """
     with contextlib.suppress(OSError, AttributeError, TypeError):  # not glibc: nothing to tune
         mallopt = ctypes.CDLL(None).mallopt
-        if largest is None:
-            mallopt(-4, 0)        # M_MMAP_MAX: no big block gets a mapping of its own, to be unmapped when freed
+        if all_blocks:
+            mallopt(-4, 0)          # M_MMAP_MAX: no big block gets a mapping of its own, to be unmapped when freed
         else:
-            mallopt(-3, largest)  # M_MMAP_THRESHOLD: only blocks from here on get one
-        mallopt(-1, -1)           # M_TRIM_THRESHOLD: never give the top of the heap back
-        mallopt(-2, 64 << 20)     # M_TOP_PAD: grow by 64 MiB at a time
-        mallopt(-8, 1)            # M_ARENA_MAX: no heap for each thread, which would be unmapped when it is empty
+            mallopt(-3, BIG_BLOCK)  # M_MMAP_THRESHOLD: only blocks from here on get one
+        mallopt(-1, -1)             # M_TRIM_THRESHOLD: never give the top of the heap back
+        mallopt(-2, 64 << 20)       # M_TOP_PAD: grow by 64 MiB at a time
+        mallopt(-8, 1)              # M_ARENA_MAX: no heap for each thread, which would be unmapped when it is empty
 
 
 def pick_device(name: str = "auto", number: int | None = None) -> torch.device:

@@ -224,7 +224,7 @@ def layer_in_pieces(features: Tensor, lstm: nn.LSTM, layer: int) -> Tensor:
     heard = features.new_empty(*features.shape[:2], 2 * lstm.hidden_size, dtype=dtype)
     halves = heard.chunk(2, dim=2)
     read_in_pieces(lstm, layer, features.shape[1], lambda where: features[:, where],
-                   lambda way, where, piece: halves[way][:, where].copy_(piece))
+                   lambda way, where, piece: halves[way][:, where].copy_(piece), LONG_FRAMES)
     return heard
 
 
@@ -238,21 +238,20 @@ def last_layer_in_pieces(features: Tensor, lstm: nn.LSTM, output: nn.Linear) -> 
         with one_at_a_time:
             said[:, where] += part
 
-    read_in_pieces(lstm, lstm.num_layers - 1, features.shape[1], lambda where: features[:, where], keep)
+    read_in_pieces(lstm, lstm.num_layers - 1, features.shape[1], lambda where: features[:, where], keep, LONG_FRAMES)
     return said.to(features.dtype)
 
 
 def read_in_pieces(lstm: nn.LSTM, layer: int, n_frames: int, read: Callable[[slice], Tensor],
-                   keep: Callable[[int, slice, Tensor], Any], at_a_time: int | None = None) -> None:
+                   keep: Callable[[int, slice, Tensor], Any], at_a_time: int) -> None:
     """One layer of an LSTM in inference, piece by piece, each beginning with the state in which the one before it
     ended: in one, 20 minutes of `onf` take 0.3 GB more. The two directions run side by side.
 
     Args:
         read: gives the features (B, t, C) of a slice of the frames.
         keep: is given the direction (0, or 1 for backwards), the slice, and what was heard in it, (B, t, H).
-        at_a_time: how many frames a piece has; LONG_FRAMES where it is not said.
+        at_a_time: how many frames a piece has.
     """
-    at_a_time = at_a_time or LONG_FRAMES
     starts = range(0, n_frames, at_a_time)
 
     def run(way: int) -> None:
@@ -270,7 +269,7 @@ def one_direction(lstm: nn.LSTM, layer: int, way: int) -> nn.LSTM:
     """One layer of an LSTM in one direction, 0 or 1 for backwards, by itself: on CUDA weights lie in one block for each nn.LSTM, and
     some of a larger one's would be copied for every piece."""
     weights = {f"{name}_l0": getattr(lstm, f"{name}_l{layer}{('', '_reverse')[way]}") for name in ("weight_ih", "weight_hh", "bias_ih", "bias_hh")}
-    one = nn.LSTM(weights["weight_ih_l0"].shape[1], lstm.hidden_size, batch_first=True, device="meta").to_empty(device=lstm.weight_hh_l0.device)
+    one = nn.LSTM(weights["weight_ih_l0"].shape[1], lstm.hidden_size, batch_first=True, device="meta", dtype=lstm.weight_hh_l0.dtype).to_empty(device=lstm.weight_hh_l0.device)
     one.load_state_dict(weights)
     return one
 

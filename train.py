@@ -482,7 +482,7 @@ def test(run: Path, args: argparse.Namespace, recordings: list[Recording], devic
 
 def run(argv: list[str] | None) -> int:
     """Train as the command line says. Returns the exit status; raises OSError, ValueError and FloatingPointError."""
-    keep_pages()
+    keep_pages(all_blocks=True)
     try:
         args = parse_args(argv)
         world = int(os.environ.get("WORLD_SIZE", 1))

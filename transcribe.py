@@ -114,10 +114,10 @@ def write_all(base: Path, audio: np.ndarray, notes: Notes, onset: np.ndarray, fr
 def transcribe_file(model: Transcriber | Ensemble, path: Path, base: Path, sound: bool) -> int:
     """Read `path`, write all that is named after `base`, and say so in a line. Returns the exit status."""
     try:
-        audio = load_audio(path)
         with errors_of(path):
+            audio = load_audio(path)
             notes, onset, frame = transcribe(model, audio)
-        write_all(base, audio, notes, onset, frame, sound)
+            write_all(base, audio, notes, onset, frame, sound)
     except (OSError, ValueError, MemoryError) as error:
         tqdm.write(f"transcribe.py: {error}", file=sys.stderr)
         return 1
@@ -155,7 +155,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 
 def run(args: argparse.Namespace) -> int:
     """Transcribe what the command line names. Returns the exit status; raises OSError and ValueError."""
-    keep_pages(largest=32 << 20)
+    keep_pages()
     model = load_ensemble(args.checkpoints, pick_device(args.device))
     recordings = find_recordings(args.audio)
     check_writable(args.save_path)

@@ -87,7 +87,7 @@ def training(batches: Iterator[dict[str, Tensor]], learn: Callable[[dict[str, Te
 def our_training(args: argparse.Namespace, make_recordings: Callable[[], list[Recording]], recipe_name: str = "default",
                  name: str = "onf") -> Work:
     """Training as train.py does it."""
-    train.keep_pages()
+    train.keep_pages(all_blocks=True)
     torch.backends.cudnn.benchmark = True
     torch.manual_seed(0)
     device, recipe = pick_device(args.device), model.RECIPES[recipe_name]
@@ -105,7 +105,7 @@ def our_training(args: argparse.Namespace, make_recordings: Callable[[], list[Re
 
 def augmentation(args: argparse.Namespace, make_recordings: Callable[[], list[Recording]]) -> Work:
     """What augmentation does with a batch, and with the mel filters that hear it."""
-    train.keep_pages()
+    train.keep_pages(all_blocks=True)
     device, recipe = pick_device(args.device), model.RECIPES["default"]
     segments = Segments(make_recordings(), args.sequence_length, 0, recipe.onset_target)
     batch = next(train.batches(segments, args.batch_size, 1, 1, 0, device))

@@ -30,21 +30,22 @@ def test_processes_that_train_together_on_a_mac_use_its_cpu(monkeypatch):
 
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc" or not Path("/proc/self/statm").exists(), reason="memory is kept where glibc is, and measured on Linux")
-@pytest.mark.parametrize("call, kept", [("devices.keep_pages()", True), ("devices.keep_pages(largest=32 << 20)", False), ("", False)])
-def test_freed_memory_is_kept(call, kept):
-    """In a process of its own, for it cannot be undone: 64 MiB that were filled and freed still belong to it, or not."""
+@pytest.mark.parametrize("call, mib, kept", [("devices.keep_pages(all_blocks=True)", 64, True), ("devices.keep_pages()", 64, False),
+                                             ("devices.keep_pages()", 16, True), ("", 16, False)])
+def test_freed_memory_is_kept(call, mib, kept):
+    """In a process of its own, for it cannot be undone: a block that was filled and freed still belongs to it, or not."""
     code = f"""
 import resource, torch, devices
 {call}
 def pages():
     return int(open("/proc/self/statm").read().split()[1])
-block = torch.ones(16 << 20)
+block = torch.ones({mib} << 18)
 filled = pages()
 del block
 print((filled - pages()) * resource.getpagesize())
 """
     freed = int(subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).parents[1], capture_output=True, text=True, check=True).stdout)
-    assert (freed < 1 << 20) if kept else (freed > 60 << 20)
+    assert (freed < 1 << 20) if kept else (freed > (mib - 4) << 20)
 
 
 @pytest.mark.parametrize("error", [OSError, AttributeError, TypeError])

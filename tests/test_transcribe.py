@@ -4,6 +4,7 @@ import io
 import shutil
 import sys
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -280,6 +281,9 @@ def test_a_recording_too_long_for_the_memory_does_not_stop_the_others(checkpoint
 
     monkeypatch.setattr(transcribe, "transcribe", hear)
     assert run(checkpoint, tmp_path / "out", tones.audio, last) == 1
+    assert f"transcribe.py: {tones.audio}: not enough memory; shorter recordings" in capsys.readouterr().err
+    monkeypatch.setattr(transcribe, "load_audio", mock.Mock(side_effect=MemoryError("Unable to allocate 9 GiB for an array")))
+    assert run(checkpoint, tmp_path / "none", tones.audio) == 1
     assert f"transcribe.py: {tones.audio}: not enough memory; shorter recordings" in capsys.readouterr().err
     assert "last_transcribed.midi" in written(tmp_path / "out")
 
