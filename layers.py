@@ -126,6 +126,20 @@ def weight_gradient(x: Tensor, grad: Tensor, kernel: torch.Size, padding: tuple[
     return total.sum(dim=1).unflatten(0, tuple(kernel)).permute(2, 3, 0, 1)
 
 
+def normalised(x: Tensor, conv: Conv2d, norm: BatchNorm) -> Tensor:
+    """norm(conv(x)), of which the gradient needs what the convolution gave: it is made again instead of kept. For an `x` of one channel that
+    is a hundredth of a training step, and in float32 `onf` trains with 0.3 GB less."""
+    z = conv(x)
+    dtype, place = z.dtype, z.data_ptr()
+
+    def again(kept: Tensor | None) -> Tensor:
+        weight, bias = (parameter.detach().to(dtype) for parameter in (conv.weight, conv.bias))
+        return torch.conv2d(x.to(dtype), weight, bias, 1, conv.padding, conv.dilation) if kept is None else kept
+
+    with torch.autograd.graph.saved_tensors_hooks(lambda saved: None if saved.data_ptr() == place else saved, again):
+        return norm(z)
+
+
 class Dropout(nn.Module):
     """Dropout (Srivastava et al., JMLR 2014) that on a CPU spends one random byte on each feature.
 
@@ -181,7 +195,10 @@ class PooledRectifiedDropped(torch.autograd.Function):
         y = torch.maximum(left, right).relu_()
         if factors is not None:
             y.mul_(factors)
-        ctx.save_for_backward(torch.ge(left, right, out=torch.empty_like(y)), y)
+        kind = torch.uint8 if y.dtype == torch.float32 else y.dtype  # a byte of four is worth a conversion, a byte of two is not
+        is_left = torch.empty_like(y, dtype=kind)
+        torch.ge(left, right, out=is_left.view(torch.bool) if kind == torch.uint8 else is_left)
+        ctx.save_for_backward(is_left, y)
         ctx.like, ctx.scale = torch.empty_like(x, device="meta"), scale
         return y
 
@@ -193,7 +210,7 @@ class PooledRectifiedDropped(torch.autograd.Function):
             grad.mul_(ctx.scale)
         whole = torch.empty_like(ctx.like, dtype=grad.dtype, device=grad.device)
         left, right = pairs(whole)
-        torch.mul(grad, is_left, out=left)
+        torch.mul(grad, is_left.to(grad.dtype), out=left)
         torch.sub(grad, left, out=right)
         whole[..., grad.shape[3] * 2 :] = 0  # the last of an odd number of bands is in no pair
         return whole, None, None

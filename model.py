@@ -24,7 +24,18 @@ from constants import F_MAX, F_MIN, HOP_SIZE, MIN_MIDI, N_FFT, N_KEYS, N_MELS, S
 from devices import autocast, multiplies_bytes
 from files import written_whole
 from int8 import Int8ConvStack, Int8HarmonicStack
-from layers import BatchNorm, Conv2d, Dropout, PoolRectifyDrop, in_context, is_long, mean_over_ranks, read_in_pieces, side_by_side
+from layers import (
+    BatchNorm,
+    Conv2d,
+    Dropout,
+    PoolRectifyDrop,
+    in_context,
+    is_long,
+    mean_over_ranks,
+    normalised,
+    read_in_pieces,
+    side_by_side,
+)
 from notes import VELOCITY
 from recipe import RECIPES, Recipe
 from spectrogram import SIDE, LogMelSpectrogram, hertz_to_mel, power_without_pauses, shifted_filters, tuning_of, whole_parts
@@ -69,7 +80,10 @@ class ConvStack(nn.Module):
 
     def forward(self, mel: Tensor) -> Tensor:
         """(B, T, M) -> (B, T, fc_unit)."""
-        x = self.cnn(mel.unsqueeze(1))                                    # (B, 1, T, M) -> (B, C, T, M // 4)
+        conv, norm, *others = self.cnn
+        x = normalised(mel.unsqueeze(1), conv, norm)                      # (B, 1, T, M) -> (B, C, T, M)
+        for layer in others:
+            x = layer(x)                                                  # -> (B, C, T, M // 4)
         linear, dropout = self.fc
         # the weights know features in the order (C, M // 4); in channels-last memory they lie as (M // 4, C), and moving
         # the weights instead is a thousandth of the work

@@ -1,12 +1,14 @@
 """Layers against torch's own, in one process and one piece; several processes are in test_train.py, long LSTMs in test_model.py."""
 
+import weakref
+
 import numpy as np
 import pytest
 import torch
 from torch import nn
 
 import layers
-from layers import BatchNorm, Conv2d, Dropout, PoolRectifyDrop, in_context
+from layers import BatchNorm, Conv2d, Dropout, PoolRectifyDrop, in_context, normalised
 
 
 @pytest.mark.parametrize("kernel, padding, dilation", [
@@ -135,3 +137,24 @@ def test_any_recurrent_layer_infers_what_is_long(layer, monkeypatch):
     output = nn.Linear(layer(features)[0].shape[2], 3)
     with torch.inference_mode():
         torch.testing.assert_close(in_context(features, layer, output), output(layer(features)[0]))
+
+
+@pytest.mark.parametrize("half", [False, True])
+def test_a_convolution_is_forgotten_between_the_passes_and_its_gradients_stay(half):
+    torch.manual_seed(0)
+    conv, norm, x, kept = Conv2d(1, 8, 3, padding=1).to(memory_format=torch.channels_last), BatchNorm(8), torch.rand(2, 1, 9, 7), []
+    conv.register_forward_hook(lambda _, __, output: kept.append(weakref.ref(output)))
+
+    def learn(layers):
+        norm.reset_running_stats()
+        with torch.autocast("cpu", torch.bfloat16, half):
+            y = layers(x)
+        forgotten = kept[-1]() is None
+        y.float().square().sum().backward()
+        grads = [parameter.grad for parameter in (*conv.parameters(), *norm.parameters())]
+        conv.zero_grad(), norm.zero_grad()
+        return forgotten, [y, *grads, norm.running_mean.clone(), norm.running_var.clone()]
+
+    (plain_forgets, plain), (forgets, ours) = learn(lambda x: norm(conv(x))), learn(lambda x: normalised(x, conv, norm))
+    assert (plain_forgets, forgets) == (False, True)
+    assert all(torch.equal(a, b) for a, b in zip(plain, ours))
