@@ -29,6 +29,17 @@ def test_processes_that_train_together_on_a_mac_use_its_cpu(monkeypatch):
     assert pick_device("auto", 1) == torch.device("cpu")
 
 
+@pytest.mark.parametrize("name, amx, avx512, enabled", [("Intel Xeon", True, True, True), ("Intel Xeon", False, True, False), ("Intel Core i7", False, False, False),
+                                                       ("AMD EPYC 9R14", False, True, True), ("AMD EPYC 7R13", False, False, False)])
+def test_bfloat16_is_used_where_it_is_faster(name, amx, avx512, enabled, monkeypatch):
+    monkeypatch.setattr(platform, "machine", lambda: "x86_64")
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: amx)
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: avx512)
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"cpu_name": name})
+    with devices.autocast(torch.device("cpu")):
+        assert torch.is_autocast_enabled("cpu") == enabled
+
+
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc" or not Path("/proc/self/statm").exists(), reason="memory is kept where glibc is, and measured on Linux")
 @pytest.mark.parametrize("call, mib, kept", [("devices.keep_pages(all_blocks=True)", 64, True), ("devices.keep_pages()", 64, False),
                                              ("devices.keep_pages()", 16, True), ("", 16, False)])
