@@ -7,6 +7,7 @@ import platform
 import torch
 import torch.distributed as dist
 
+X86 = ("x86_64", "AMD64")
 BIG_BLOCK = 32 << 20  # bytes; glibc takes no larger M_MMAP_THRESHOLD
 
 
@@ -16,14 +17,19 @@ def autocast(device: torch.device) -> torch.autocast:
     if device.type == "cuda":
         fast = torch.cuda.get_device_capability(device) >= (8, 0)
     else:
-        fast = (device.type == "cpu" and platform.machine() in ("x86_64", "AMD64")
-                and (torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported() and "Intel" not in torch.cpu.get_capabilities()["cpu_name"]))
+        fast = (device.type == "cpu" and platform.machine() in X86
+                and (torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported() and "Intel" not in torch.cpu.get_capabilities().get("cpu_name", "")))
     return torch.autocast(device.type, dtype=torch.bfloat16, enabled=fast)
 
 
 def multiplies_bytes(device: torch.device) -> bool:
     """Whether convolutions of 8-bit integers are faster than those of floats: on x86 CPUs with AVX2, by oneDNN."""
     return device.type == "cpu" and torch.cpu._is_avx2_supported() and torch.backends.mkldnn.is_available()
+
+
+def keeps_bfloat16(device: torch.device) -> bool:
+    """Whether features between convolutions are bfloat16 in training where autocast is off: on x86 CPUs, where that takes no longer."""
+    return device.type == "cpu" and platform.machine() in X86
 
 
 def has_avx2_alone() -> bool:

@@ -12,9 +12,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from devices import has_avx2_alone, rank_and_world
+from devices import has_avx2_alone, keeps_bfloat16, rank_and_world
 
 LONG_FRAMES = 1024  # from which on recurrent layers infer piece by piece, half a minute
+SAMPLES = 2          # that a convolution in training makes float32 at a time
 CHUNK_PLACES = 2048  # of features at most that one thread multiplies at a time for a convolution's gradient, so that they stay in its cache
 
 
@@ -77,45 +78,67 @@ class JointlyNormalised(torch.autograd.Function):
 
 
 class Conv2d(nn.Conv2d):
-    """nn.Conv2d of stride 1 and one group that learns faster on CPUs with AVX2 alone: there oneDNN takes up to four times as long for
-    the gradient of the weights in channels-last memory, which was most of a training step."""
+    """nn.Conv2d of stride 1 and one group. On CPUs that multiply float32 faster than bfloat16 it does so, but what it learns from and gives in
+    training is bfloat16: that takes half of the memory and, since less has to be moved, no longer."""
 
     def forward(self, x: Tensor) -> Tensor:
-        by_taps = (has_avx2_alone() and x.device.type == "cpu" and torch.is_grad_enabled() and self.in_channels > 1
-                   and not torch.is_autocast_enabled("cpu"))
-        return ConvolvedByTaps.apply(x, self.weight, self.bias, self.padding, self.dilation) if by_taps else super().forward(x)
+        short = (self.training and keeps_bfloat16(x.device) and not torch.is_autocast_enabled(x.device.type) and self.weight.dtype == torch.float32)
+        return Convolved.apply(x, self.weight, self.bias, self.padding, self.dilation) if short else super().forward(x)
 
 
-class ConvolvedByTaps(torch.autograd.Function):
-    """A convolution (B, C, T, M) -> (B, C', T', M') whose weights' gradient is a matrix product for each of its taps: what a tap reads of a padded
-    and flattened input lies as far from the output everywhere, so both are matrices as they are, and nothing is gathered."""
+class Convolved(torch.autograd.Function):
+    """A convolution (B, C, T, M) -> (B, C', T', M') of float32, whose input and output may be bfloat16. A few samples at a time are made float32, which stay in the cache.
+
+    With AVX2 alone oneDNN takes up to four times as long for the gradient of the weights in channels-last memory as for the rest, so that is made by `weight_gradient`.
+    """
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, padding: tuple[int, int], dilation: tuple[int, int]) -> Tensor:
         ctx.save_for_backward(x, weight)
         ctx.how = padding, dilation
-        return torch.conv2d(x, weight, bias, 1, padding, dilation)
+        return in_parts(lambda x: torch.conv2d(x, weight, bias, 1, padding, dilation), x)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor, Tensor, None, None]:
         x, weight = ctx.saved_tensors
-        x_grad = None
-        if ctx.needs_input_grad[0]:
-            x_grad = torch.ops.aten.convolution_backward(grad, x, weight, None, [1, 1], *ctx.how, False, [0, 0], 1, [True, False, False])[0]
-        return x_grad, weight_gradient(x, grad, weight.shape[2:], *ctx.how), grad.sum(dim=(0, 2, 3)), None, None
+        by_taps = has_avx2_alone() and x.shape[1] > 1
+        weight_grad = weight_gradient(x, grad, weight.shape[2:], *ctx.how) if by_taps else torch.zeros_like(weight)
+
+        def gradient(x: Tensor, grad: Tensor) -> Tensor | None:
+            x_grad, own, _ = torch.ops.aten.convolution_backward(grad, x, weight, None, [1, 1], *ctx.how, False, [0, 0], 1, wanted)
+            if own is not None:
+                weight_grad.add_(own)
+            return x_grad
+
+        wanted = [ctx.needs_input_grad[0], not by_taps, False]  # the bias's own would be made with that of the weights, wanted or not
+        return in_parts(gradient, x, grad) if any(wanted) else None, weight_grad, grad.sum(dim=(0, 2, 3)).float(), None, None
+
+
+def in_parts(work: Callable[..., Tensor | None], *features: Tensor) -> Tensor | None:
+    """`work` of (B, C, T, M) features, a few samples of them at a time and in float32 -> (B, C', T', M') bfloat16, or None where it gives none."""
+    whole = None
+    for start in range(0, len(features[0]), SAMPLES):
+        part = work(*(x[start : start + SAMPLES].float() for x in features))
+        if part is None:
+            continue
+        if whole is None:
+            whole = torch.empty(len(features[0]), *part.shape[1:], dtype=torch.bfloat16, memory_format=torch.channels_last)
+        whole[start : start + SAMPLES] = part
+    return whole
 
 
 def weight_gradient(x: Tensor, grad: Tensor, kernel: torch.Size, padding: tuple[int, int], dilation: tuple[int, int]) -> Tensor:
-    """Of a convolution's input (B, C, T, M) and its output's gradient (B, C', T', M') -> (C', C, *kernel)."""
+    """Of a convolution's input (B, C, T, M) and its output's gradient (B, C', T', M') -> (C', C, *kernel) float32: a matrix product for each tap, for what a tap reads
+    of a padded and flattened input lies as far from the output everywhere, so both are matrices as they are, and nothing is gathered."""
     (high, wide), (inputs, outputs) = (size + 2 * edge for size, edge in zip(x.shape[2:], padding)), (x.shape[1], grad.shape[1])
     taps = [i * dilation[0] * wide + j * dilation[1] for i in range(kernel[0]) for j in range(kernel[1])]  # how far on each reads
     threads = torch.get_num_threads()
     chunks = -(-high * wide // (CHUNK_PLACES * threads))
     rows = -(-high * wide // (chunks * threads))
-    padded, flat = x.new_zeros(chunks * threads * rows + taps[-1], inputs), grad.new_zeros(chunks * threads * rows, outputs)
+    padded, flat = torch.zeros(chunks * threads * rows + taps[-1], inputs), torch.zeros(chunks * threads * rows, outputs)
     inside = padded[: high * wide].view(high, wide, -1)[padding[0] : high - padding[0], padding[1] : wide - padding[1]]
     corner = flat[: high * wide].view(high, wide, -1)[: grad.shape[2], : grad.shape[3]]
-    total = x.new_zeros(len(taps), threads, outputs, inputs)
+    total = torch.zeros(len(taps), threads, outputs, inputs)
     for one, its_grad in zip(x.permute(0, 2, 3, 1), grad.permute(0, 2, 3, 1)):
         inside.copy_(one)
         corner.copy_(its_grad)
@@ -126,18 +149,9 @@ def weight_gradient(x: Tensor, grad: Tensor, kernel: torch.Size, padding: tuple[
     return total.sum(dim=1).unflatten(0, tuple(kernel)).permute(2, 3, 0, 1)
 
 
-def normalised(x: Tensor, conv: Conv2d, norm: BatchNorm) -> Tensor:
-    """norm(conv(x)), of which the gradient needs what the convolution gave: it is made again instead of kept. For an `x` of one channel that
-    is a hundredth of a training step, and in float32 `onf` trains with 0.3 GB less."""
-    z = conv(x)
-    dtype, place = z.dtype, z.data_ptr()
-
-    def again(kept: Tensor | None) -> Tensor:
-        weight, bias = (parameter.detach().to(dtype) for parameter in (conv.weight, conv.bias))
-        return torch.conv2d(x.to(dtype), weight, bias, 1, conv.padding, conv.dilation) if kept is None else kept
-
-    with torch.autograd.graph.saved_tensors_hooks(lambda saved: None if saved.data_ptr() == place else saved, again):
-        return norm(z)
+def as_multiplied(x: Tensor, layer: nn.Module) -> Tensor:
+    """Features as `layer` multiplies them: what convolutions gave in bfloat16 in the dtype of its weights, unless autocast sees to it."""
+    return x if torch.is_autocast_enabled(x.device.type) else x.to(layer.weight.dtype)
 
 
 class Dropout(nn.Module):
@@ -195,9 +209,7 @@ class PooledRectifiedDropped(torch.autograd.Function):
         y = torch.maximum(left, right).relu_()
         if factors is not None:
             y.mul_(factors)
-        kind = torch.uint8 if y.dtype == torch.float32 else y.dtype  # a byte of four is worth a conversion, a byte of two is not
-        is_left = torch.empty_like(y, dtype=kind)
-        torch.ge(left, right, out=is_left.view(torch.bool) if kind == torch.uint8 else is_left)
+        is_left = torch.ge(left, right, out=torch.empty_like(y))
         ctx.save_for_backward(is_left, y)
         ctx.like, ctx.scale = torch.empty_like(x, device="meta"), scale
         return y
@@ -210,7 +222,7 @@ class PooledRectifiedDropped(torch.autograd.Function):
             grad.mul_(ctx.scale)
         whole = torch.empty_like(ctx.like, dtype=grad.dtype, device=grad.device)
         left, right = pairs(whole)
-        torch.mul(grad, is_left.to(grad.dtype), out=left)
+        torch.mul(grad, is_left, out=left)
         torch.sub(grad, left, out=right)
         whole[..., grad.shape[3] * 2 :] = 0  # the last of an odd number of bands is in no pair
         return whole, None, None

@@ -35,6 +35,7 @@ from made_up import listen_for_music, mapped_recordings, probabilities, some_not
 from measure import Numbers, Row, Work, format_table, in_stages, machine, peak_gb, run_process, take_turns  # noqa: E402
 from torch import Tensor, nn  # noqa: E402
 
+import layers  # noqa: E402
 import model  # noqa: E402
 import train  # noqa: E402
 from audio import load_audio  # noqa: E402
@@ -434,8 +435,8 @@ def training_run(args: argparse.Namespace, folder: Path, fast: bool) -> Work:
             stack.enter_context(mock.patch.object(train, "validate", lambda *given: scores.update(validate(*given)) or scores))
             for module in () if fast else (train, model):
                 stack.enter_context(mock.patch.object(module, "autocast", lambda device: contextlib.nullcontext()))
-            if not fast:
-                stack.enter_context(mock.patch.object(model, "multiplies_bytes", lambda device: False))
+            for module, name in () if fast else ((model, "multiplies_bytes"), (layers, "keeps_bfloat16")):
+                stack.enter_context(mock.patch.object(module, name, lambda device: False))
             if train.main(["--data", *args.data, *(f"--{name}={value}" for name, value in flags.items())]):
                 raise OSError("train.py did not come to its end")
         return {name: scores[name] for name in train.CHOSEN_BY}

@@ -12,6 +12,7 @@ import reference
 import torch
 from conftest import random_notes
 
+import layers
 import model
 import train
 from audio import audio_to_int16
@@ -152,19 +153,21 @@ def test_scaling_compares_one_process_with_two(toy, monkeypatch):
     assert "efficiency" in row.note
 
 
-def test_accuracy_compares_with_float32(toy, data_folder, tmp_path, monkeypatch):
-    """And with convolutions of floats, where this machine infers in bytes."""
+@pytest.mark.parametrize("half", [True, False])
+def test_accuracy_compares_with_float32(half, toy, data_folder, tmp_path, monkeypatch):
+    """On a machine that multiplies bfloat16 and on one that only keeps it; and with convolutions of floats, where this one infers in bytes."""
     seen, cpu = [], torch.device("cpu")
-    for module in (model, train):  # as on a machine with bfloat16
-        monkeypatch.setattr(module, "autocast", lambda device: torch.autocast("cpu", torch.bfloat16))
+    monkeypatch.setattr(layers, "keeps_bfloat16", lambda device: True)
+    for module in (model, train):
+        monkeypatch.setattr(module, "autocast", lambda device: torch.autocast("cpu", torch.bfloat16, enabled=half))
     monkeypatch.setattr(train, "clip_gradients", lambda *_: None)
     features = model.Transcriber.features
     monkeypatch.setattr(model.Transcriber, "features", lambda self, mel: seen.append(
-        (torch.is_autocast_enabled("cpu"), model.multiplies_bytes(cpu))) or features(self, mel))
+        (torch.is_autocast_enabled("cpu"), layers.keeps_bfloat16(cpu), model.multiplies_bytes(cpu))) or features(self, mel))
     args = bench.parse_args(["accuracy", *toy, "--data", str(data_folder)])
     for fast in (True, False):
         bench.training_run(args, tmp_path, fast)()
-        assert set(seen) == {(fast, fast and multiplies_bytes(cpu))}
+        assert set(seen) == {(fast and half, fast, fast and multiplies_bytes(cpu))}
         seen.clear()
 
 

@@ -632,6 +632,20 @@ def test_inference_makes_no_graph_and_is_float32_under_autocast():
     assert not frame.requires_grad and frame.dtype == onset.dtype == torch.float32
 
 
+@pytest.mark.parametrize("name", MODELS)
+def test_features_kept_in_bfloat16_teach_nearly_the_same(name, monkeypatch):
+    audio, found = noise(3, 20 * HOP_SIZE), []
+    for kept in (False, True):
+        monkeypatch.setattr(layers, "keeps_bfloat16", lambda device, kept=kept: kept)
+        model = lively(name).train()
+        logits = model(audio)
+        assert all(logit.dtype == torch.float32 for logit in logits)
+        sum(logit.sigmoid().sum() for logit in logits).backward()
+        found.append(torch.cat([parameter.grad.flatten() for parameter in model.parameters()]))
+    assert (found[1] - found[0]).norm() < 0.02 * found[0].norm()
+    assert torch.equal(*found) == (name == "rnn")  # which has no convolutions
+
+
 # --- checkpoints ---
 
 @pytest.mark.parametrize("name", MODELS)

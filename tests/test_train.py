@@ -484,10 +484,12 @@ SCRIPT = """
 import sys
 from pathlib import Path
 import torch
+import layers
 import train
 
 torch.set_num_threads(1)
 train.autocast = lambda device: torch.autocast(device.type, enabled=False)
+layers.keeps_bfloat16 = lambda device: False
 train.augmented = lambda batch, recipe: {**batch, "semitones": torch.ones(len(batch["audio"]))}
 
 seen = []
