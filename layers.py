@@ -96,35 +96,27 @@ class Convolved(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, padding: tuple[int, int], dilation: tuple[int, int]) -> Tensor:
         ctx.save_for_backward(x, weight)
         ctx.how = padding, dilation
-        return in_parts(lambda x: torch.conv2d(x, weight, bias, 1, padding, dilation), x)
+        size = [n + 2 * edge - step * (k - 1) for n, edge, step, k in zip(x.shape[2:], padding, dilation, weight.shape[2:])]
+        y = torch.empty(len(x), len(weight), *size, dtype=torch.bfloat16, memory_format=torch.channels_last)
+        for some, its_y in zip(x.split(SAMPLES), y.split(SAMPLES)):
+            its_y.copy_(torch.conv2d(some.float(), weight, bias, 1, padding, dilation))
+        return y
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor, Tensor, None, None]:
         x, weight = ctx.saved_tensors
         by_taps = has_avx2_alone() and x.shape[1] > 1
+        x_grad = torch.empty_like(x) if ctx.needs_input_grad[0] else None
         weight_grad = weight_gradient(x, grad, weight.shape[2:], *ctx.how) if by_taps else torch.zeros_like(weight)
-
-        def gradient(x: Tensor, grad: Tensor) -> Tensor | None:
-            x_grad, own, _ = torch.ops.aten.convolution_backward(grad, x, weight, None, [1, 1], *ctx.how, False, [0, 0], 1, wanted)
-            if own is not None:
-                weight_grad.add_(own)
-            return x_grad
-
-        wanted = [ctx.needs_input_grad[0], not by_taps, False]  # the bias's own would be made with that of the weights, wanted or not
-        return in_parts(gradient, x, grad) if any(wanted) else None, weight_grad, grad.sum(dim=(0, 2, 3)).float(), None, None
-
-
-def in_parts(work: Callable[..., Tensor | None], *features: Tensor) -> Tensor | None:
-    """`work` of (B, C, T, M) features, a few samples of them at a time and in float32 -> (B, C', T', M') bfloat16, or None where it gives none."""
-    whole = None
-    for start in range(0, len(features[0]), SAMPLES):
-        part = work(*(x[start : start + SAMPLES].float() for x in features))
-        if part is None:
-            continue
-        if whole is None:
-            whole = torch.empty(len(features[0]), *part.shape[1:], dtype=torch.bfloat16, memory_format=torch.channels_last)
-        whole[start : start + SAMPLES] = part
-    return whole
+        wanted = [x_grad is not None, not by_taps, False]  # the bias's own would be made with that of the weights, wanted or not
+        for start in range(0, len(x) if any(wanted) else 0, SAMPLES):
+            some = slice(start, start + SAMPLES)
+            parts = torch.ops.aten.convolution_backward(grad[some].float(), x[some].float(), weight, None, [1, 1], *ctx.how, False, [0, 0], 1, wanted)
+            if x_grad is not None:
+                x_grad[some] = parts[0]
+            if not by_taps:
+                weight_grad += parts[1]
+        return x_grad, weight_grad, grad.sum(dim=(0, 2, 3)).float(), None, None
 
 
 def weight_gradient(x: Tensor, grad: Tensor, kernel: torch.Size, padding: tuple[int, int], dilation: tuple[int, int]) -> Tensor:
