@@ -252,7 +252,7 @@ def errors_figure(counts: Counts, title: str) -> "Figure":
     """One picture: errors by kind, offsets, and what is missed by octave, velocity and polyphony."""
     from matplotlib.figure import Figure  # slow to import; Figure alone needs no screen
     figure = Figure(figsize=(14, 7.5), layout="constrained")
-    figure.suptitle(title, parse_math=False)
+    figure.suptitle(title.encode(errors="backslashreplace").decode(), parse_math=False)  # in file names any byte may stand
     kinds, offsets, octave, velocity, polyphony = figure.subplot_mosaic("AAABBB;CCDDEE").values()
 
     place = np.arange(len(MISSED))

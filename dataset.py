@@ -233,7 +233,11 @@ class Segments(torch.utils.data.Dataset):
         return {"recording": number, **self.cut(number, start)}
 
     def cut(self, number: int, start: int) -> dict[str, Tensor]:
-        """The segment of recording `number` that begins with frame `start`; beyond the end of the audio all is silent."""
+        """The segment of recording `number` that begins with frame `start`; beyond the end of the audio all is silent.
+
+        Returns:
+            audio (S,), onset and frame (T, 88), all float32, and has_offsets, a bool without dimensions.
+        """
         recording = self.recordings[number]
         audio = np.zeros(self.sequence_length, dtype=np.float32)
         first, last = start * HOP_SIZE, min(start * HOP_SIZE + self.sequence_length, len(recording.audio))

@@ -50,7 +50,7 @@ def extract_notes(onset: np.ndarray, frame: np.ndarray, onset_threshold: float =
 
     Returns:
         Notes in order of onset. With the onset target "one" they begin at the centre of their first frame and end at that of
-        their last; with "two" they begin up to a frame and a half earlier or later, and may end between two frames. They last
+        their last; with "two" they begin up to a frame earlier or a frame and a half later, and may end between two frames. They last
         half a frame at least.
         Silence gives zero notes, with intervals of shape (0, 2).
 
@@ -180,7 +180,8 @@ def same_velocity(whole: np.ndarray, ref: np.ndarray, est: np.ndarray) -> np.nda
 
 
 def predict(model: Transcriber | Ensemble, recordings: list[Recording]) -> Iterator[Heard]:
-    """What `infer` hears in whole recordings; one at a time, for an hour of it takes 89 MB. Raises ValueError, which names the recording, as `infer` does."""
+    """What `infer` hears in whole recordings; one at a time, for an hour of it takes 89 MB. Raises
+    ValueError and MemoryError, which name the recording."""
     for recording in tqdm(recordings, "listening", unit="recording", leave=False, disable=None):
         with errors_of(recording.name):
             heard = model.infer(recording.to_float())

@@ -169,7 +169,7 @@ class Transcriber(nn.Module):
         """(F, M) mel filters that hear a recording (S,) as if its piano were tuned to A4 = 440 Hz: half a semitone off, a model cannot
         tell which key it hears. None, the plain ones, where nothing is known of its tuning, or where a model's `level` is unknown."""
         semitones = tuning_of(audio[None]) if self.level else torch.zeros(1)
-        return shifted_filters(-semitones)[0] if semitones.any() else None
+        return shifted_filters(-semitones)[0].to(self.level.device) if semitones.any() else None
 
     def colour_of(self, audio: Tensor, gain: Tensor, filters: Tensor | None = None) -> Tensor:
         """(M,) by how much more each mel band has in a recording (S,), times its gain, than in training: its microphone, room and piano.
@@ -203,7 +203,6 @@ class Transcriber(nn.Module):
         """What velocities are read from, in eval mode: strikes of `keys` (N,) in `frames` (N,) of a recording (S,) -> (N, 2 * (C + 2)),
         the loudest log-mel at the key's harmonics, that of all bands, and 1; and these times the key's place in HEIGHTS. On the CPU."""
         device, gain, filters = self.velocity.device, self.gain_for(audio), self.filters_for(audio)
-        filters = None if filters is None else filters.to(device)
         mel = self.melspectrogram((audio * gain).to(device)[None], filters)
         if self.recipe.normalise_mel:
             mel = mel - self.colour_of(audio, gain, filters)
@@ -237,7 +236,6 @@ class Transcriber(nn.Module):
         with autocast(device):
             fast = for_inference(self)
         n_frames, gain, filters = max(1, len(audio) // HOP_SIZE), self.gain_for(audio), self.filters_for(audio)
-        filters = None if filters is None else filters.to(device)
         if self.recipe.normalise_mel:
             fast.mel_norm.running_mean += self.colour_of(audio, gain, filters)
         whole: list[Tensor] = []  # what convolve gives, and velocities, of all chunks; filled in place, because many small pieces fragment memory
@@ -470,11 +468,11 @@ class Ensemble(nn.Module):
         self.thresholds = {head: sum(member.thresholds[head] for member in members) / len(members) for head in members[0].thresholds}
 
     @torch.inference_mode()
-    def infer(self, audio: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def infer(self, audio: Tensor, chunk_frames: int = CHUNK_FRAMES) -> tuple[Tensor, Tensor, Tensor]:
         """As `Transcriber.infer`."""
         means: list[Tensor] = []
         for member, share in zip(self.members, self.shares):
-            heard = [part.float().mul_(share) for part in member.infer(audio)]
+            heard = [part.float().mul_(share) for part in member.infer(audio, chunk_frames)]
             means = [mean.add_(part) for mean, part in zip(means, heard)] if means else heard
         frame, onset, velocity = means
         return frame, onset, velocity.round_().byte()
@@ -538,6 +536,7 @@ def save_checkpoint(path: str | Path, model: Transcriber, **training: Any) -> No
 
 
 def write_state(path: str | Path, state: dict[str, Any]) -> None:
+    """Write a checkpoint's content, whole or not at all; raises OSError."""
     buffer = io.BytesIO()
     torch.save(state, buffer)  # not into the file: of a full disk torch's own writer says nothing that helps
     with written_whole(path) as temporary:

@@ -81,6 +81,7 @@ def notes_to_rolls(notes: Notes, n_frames: int, start: int = 0, onset_target: st
     A note that began before `start` sounds on without an onset, so a roll is the same cut or built.
 
     Args:
+        start: the first frame, 0 or more.
         onset_target: "one"; or "two", which has the onset last for the next frame too (Hawthorne et al. 2018: 32 ms of onset).
 
     Returns:

@@ -114,10 +114,14 @@ def run_jobs(out: Path, jobs: list[tuple[Callable[..., float], tuple, Row]], wor
                 tqdm.write(f"prepare.py: {error}", file=sys.stderr)
     if rows:
         write_json(out / "data.json", rows)
-    counts = Counter(row["split"] for row in rows)
-    print(f"{out}: {len(rows)} recordings ({', '.join(f'{counts[split]} {split}' for split in SPLITS)}), "
-          f"{sum(row['duration'] for row in rows) / 60:.1f} minutes; {n_kept} were there, {n_failed} failed")
+    print(f"{summary_of(out, rows)}; {n_kept} were there, {n_failed} failed")
     return 1 if n_failed or not rows else 0
+
+
+def summary_of(folder: Path, rows: list[Row]) -> str:
+    counts = Counter(row["split"] for row in rows)
+    return (f"{folder}: {len(rows)} recordings ({', '.join(f'{counts[split]} {split}' for split in SPLITS)}), "
+            f"{sum(row['duration'] for row in rows) / 60:.1f} minutes")
 
 
 def check_holds_only(out: Path, rows: list[Row]) -> None:
@@ -442,9 +446,7 @@ def hold_out(source: Path, out: Path, pianos: list[str]) -> int:
             link_file(audio, folder / audio.relative_to(source))
             link_file(source / row["midi_filename"], folder / row["midi_filename"])
         write_json(folder / "data.json", linked)
-        counts = Counter(row["split"] for row in linked)
-        print(f"{folder}: {len(linked)} recordings ({', '.join(f'{counts[split]} {split}' for split in SPLITS)}), "
-              f"{sum(row['duration'] for row in linked) / 60:.1f} minutes")
+        print(summary_of(folder, linked))
     print(f"left out: {len(chosen) - len(unseen)} recordings of {', '.join(pianos)} whose pieces {out / 'rest'} trains on")
     return 0
 

@@ -8,6 +8,7 @@ import itertools
 import math
 import multiprocessing.util
 import os
+import shlex
 import shutil
 import signal
 import sys
@@ -79,7 +80,7 @@ def joined(model: nn.Module, device: torch.device) -> nn.Module:
 
 
 def batches(segments: Segments, batch_size: int, first: int, last: int, workers: int | None, device: torch.device) -> Iterator[dict]:
-    """The batches of steps first to last; each rank gets its share of each, and all shares make the batch of one process."""
+    """The batches of steps first to last on `device`, what Segments cuts with B in front; each rank gets its share of each, and all shares make the batch of one process."""
     if workers is None:  # a GPU would wait for segments; on a CPU other processes are in the way, and spawned ones copy all recordings
         forks = torch.multiprocessing.get_start_method() == "fork"
         workers = min(GPU_WORKERS, os.cpu_count() or 1) if device.type == "cuda" and forks else 0
@@ -136,7 +137,11 @@ def frame_weights(frame: Tensor, offset_weight: float) -> Tensor:
 
 
 def losses_of(model: nn.Module, recipe: Recipe, batch: dict[str, Tensor], device: torch.device) -> dict[str, Tensor]:
-    """Binary cross entropy of each head against its own roll, that of frames weighted, and zero where a segment's offsets do not count."""
+    """Binary cross entropy of each head against its own roll, that of frames weighted, and zero where a segment's offsets do not count.
+
+    Args:
+        batch: audio (B, S), onset and frame rolls (B, T, K), has_offsets (B,), and semitones (B,) where it was augmented.
+    """
     with autocast(device):
         frame_logit, onset_logit = model(batch["audio"], batch.get("semitones"))           # (B, T, K) each
     bce = nn.functional.binary_cross_entropy_with_logits
@@ -316,6 +321,19 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     return args
 
 
+@contextlib.contextmanager
+def first_of_host_first() -> Iterator[None]:
+    """Within, of the processes that train together on a host, the first is done before the others begin: they find what it made and decoded."""
+    first = int(os.environ.get("LOCAL_RANK", 0)) == 0
+    if dist.is_initialized() and not first:
+        dist.barrier()
+    try:
+        yield
+    finally:
+        if dist.is_initialized() and first:
+            dist.barrier()
+
+
 def load_data(args: argparse.Namespace) -> dict[str, list[Recording]]:
     """The three splits; with --debug a few recordings of each, of a demo set made on the spot where there is no data.
 
@@ -326,10 +344,7 @@ def load_data(args: argparse.Namespace) -> dict[str, list[Recording]]:
         if find_table(args.data[0]) is None:
             args.data = [str(Path(args.data[0]) / "demo")]
             if find_table(args.data[0]) is None:
-                if rank_and_world()[0] == 0:
-                    prepare.make_demo(Path(args.data[0]))
-                if dist.is_initialized():
-                    dist.barrier()
+                prepare.make_demo(Path(args.data[0]))
     limit = DEBUG_RECORDINGS if args.debug else None
     data = {split: load_split(args.data, split, limit) for split in ("train", "validation", "test")}
     if args.onset_data:
@@ -450,7 +465,8 @@ def train(args: argparse.Namespace, data: dict[str, list[Recording]], device: to
             if validating and world > 1:
                 dist.barrier()  # the others wait for rank 0
             if stopping and step < args.iterations:
-                log(f"stopped after step {step}; go on with: python train.py --resume {path}")
+                start = "python" if world == 1 else f"torchrun --nproc_per_node {os.environ.get('LOCAL_WORLD_SIZE', world)}"
+                log(f"stopped after step {step}; go on with: {start} train.py --resume {shlex.quote(str(path))}")
                 return 128 + (stop.number or signal.SIGTERM)  # another rank may have got it
     finally:
         stop.restore()
@@ -493,7 +509,9 @@ def run(argv: list[str] | None) -> int:
                 torch.cuda.set_device(device)
             # the others wait while rank 0 makes data, validates and tests, so be patient
             dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=datetime.timedelta(hours=6))
-        return train(args, load_data(args), device)
+        with first_of_host_first():
+            data = load_data(args)
+        return train(args, data, device)
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()

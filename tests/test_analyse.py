@@ -245,7 +245,7 @@ def test_the_picture_shows_the_numbers():
 
 
 def test_a_title_is_no_formula(tmp_path):
-    draw_errors(tmp_path / "errors.png", count(compare(Notes([], [], []), Notes([], [], []))), "runs/$a_$/x.pt")
+    draw_errors(tmp_path / "errors.png", count(compare(Notes([], [], []), Notes([], [], []))), "runs/$a_$/Fr\udce9d.pt")  # neither mathematics nor Unicode
     assert (tmp_path / "errors.png").read_bytes().startswith(b"\x89PNG")
 
 

@@ -23,6 +23,13 @@ def test_a_block_that_ends_well_replaces_the_old_file(tmp_path):
     assert names_in(path.parent) == ["song.midi"]
 
 
+def test_any_name_that_the_disk_takes_can_be_written(tmp_path):
+    path = tmp_path / ("a" * 250 + ".midi")
+    with written_whole(path) as temporary:
+        temporary.write_text("notes")
+    assert names_in(tmp_path) == [path.name] and path.read_text() == "notes"
+
+
 @pytest.mark.parametrize("error", [ValueError("broken"), KeyboardInterrupt()])
 def test_an_exception_leaves_the_old_file_and_no_other(tmp_path, error):
     path = tmp_path / "model.pt"

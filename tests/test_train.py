@@ -1,10 +1,12 @@
 """Training runs of a few tiny steps: what they write, how they stop and go on, and that several processes are as one."""
 
+import contextlib
 import dataclasses
 import datetime
 import json
 import os
 import re
+import shlex
 import shutil
 import signal
 import subprocess
@@ -377,15 +379,16 @@ def test_a_stopped_run_goes_on_as_if_never_stopped(number, status, finished, dat
     before = signal.getsignal(number)
     with monkeypatch.context() as patch:
         patch.setattr(train, "clip_gradients", clip_and_signal)
-        assert train.main(tiny(data_folder, tmp_path)) == status
+        assert train.main(tiny(data_folder, tmp_path / "a run")) == status
     assert signal.getsignal(number) is before
     step, saved = re.search(r"stopped after step ([23]); go on with: python train.py --resume (.*)", capsys.readouterr().out).groups()
-    assert Path(saved) == tmp_path / f"model-{step}.pt" and state_of(saved)["step"] == int(step)
-    assert not (tmp_path / "model-4.pt").exists()
-    assert not (tmp_path / "results.txt").exists()
+    saved, = shlex.split(saved)  # as a shell would read it
+    assert Path(saved) == tmp_path / "a run" / f"model-{step}.pt" and state_of(saved)["step"] == int(step)
+    assert not (tmp_path / "a run" / "model-4.pt").exists()
+    assert not (tmp_path / "a run" / "results.txt").exists()
     assert train.main(["--resume", saved, "--device", "cpu"]) == 0
-    assert_same_run(finished / "model-4.pt", tmp_path / "model-4.pt")
-    assert (tmp_path / "results.txt").exists()
+    assert_same_run(finished / "model-4.pt", tmp_path / "a run" / "model-4.pt")
+    assert (tmp_path / "a run" / "results.txt").exists()
 
 
 @pytest.mark.parametrize("workers", [0, 2])
@@ -479,6 +482,21 @@ def test_weights_of_another_model_are_refused(finished, data_folder, tmp_path, c
 
 
 # --- several processes ---
+
+@pytest.mark.parametrize("fails", [False, True])
+@pytest.mark.parametrize("number, order", [("0", ["work", "barrier"]), ("1", ["barrier", "work"])])
+def test_the_first_process_of_a_host_makes_and_decodes_what_the_others_find(number, order, fails, monkeypatch):
+    """They are told that it is done when it fails, too, for they would wait for ever."""
+    done = []
+    monkeypatch.setenv("LOCAL_RANK", number)
+    monkeypatch.setattr(train.dist, "is_initialized", lambda: True)
+    monkeypatch.setattr(train.dist, "barrier", lambda: done.append("barrier"))
+    with pytest.raises(OSError, match="broken") if fails else contextlib.nullcontext(), train.first_of_host_first():
+        done.append("work")
+        if fails:
+            raise OSError("broken")
+    assert done == order
+
 
 SCRIPT = """
 import sys
