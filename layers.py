@@ -78,11 +78,13 @@ class JointlyNormalised(torch.autograd.Function):
 
 
 class Conv2d(nn.Conv2d):
-    """nn.Conv2d of stride 1 and one group. On CPUs that multiply float32 faster than bfloat16 it does so, but what it learns from and gives in
-    training is bfloat16: that takes half of the memory and, since less has to be moved, no longer."""
+    """nn.Conv2d. On CPUs that multiply float32 faster than bfloat16 it does so, but what it learns from and gives in training is bfloat16: that
+    takes half of the memory and, since less has to be moved, no longer. Strides, groups and padding by anything but a number of zeros are torch's."""
 
     def forward(self, x: Tensor) -> Tensor:
-        short = (self.training and keeps_bfloat16(x.device) and not torch.is_autocast_enabled(x.device.type) and self.weight.dtype == torch.float32)
+        plain = self.stride == (1, 1) and self.groups == 1 and self.padding_mode == "zeros" and not isinstance(self.padding, str)
+        short = (plain and self.training and keeps_bfloat16(x.device) and not torch.is_autocast_enabled(x.device.type)
+                 and self.weight.dtype == torch.float32)
         return Convolved.apply(x, self.weight, self.bias, self.padding, self.dilation) if short else super().forward(x)
 
 
@@ -93,7 +95,7 @@ class Convolved(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, padding: tuple[int, int], dilation: tuple[int, int]) -> Tensor:
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, padding: tuple[int, int], dilation: tuple[int, int]) -> Tensor:
         ctx.save_for_backward(x, weight)
         ctx.how = padding, dilation
         size = [n + 2 * edge - step * (k - 1) for n, edge, step, k in zip(x.shape[2:], padding, dilation, weight.shape[2:])]
@@ -103,7 +105,7 @@ class Convolved(torch.autograd.Function):
         return y
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor, Tensor, None, None]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor, Tensor | None, None, None]:
         x, weight = ctx.saved_tensors
         by_taps = has_avx2_alone() and x.shape[1] > 1
         x_grad = torch.empty_like(x) if ctx.needs_input_grad[0] else None
@@ -116,7 +118,7 @@ class Convolved(torch.autograd.Function):
                 x_grad[some] = parts[0]
             if not by_taps:
                 weight_grad += parts[1]
-        return x_grad, weight_grad, grad.sum(dim=(0, 2, 3)).float(), None, None
+        return x_grad, weight_grad, grad.sum(dim=(0, 2, 3)).float() if ctx.needs_input_grad[2] else None, None, None
 
 
 def weight_gradient(x: Tensor, grad: Tensor, kernel: torch.Size, padding: tuple[int, int], dilation: tuple[int, int]) -> Tensor:
@@ -143,7 +145,7 @@ def weight_gradient(x: Tensor, grad: Tensor, kernel: torch.Size, padding: tuple[
 
 def as_multiplied(x: Tensor, layer: nn.Module) -> Tensor:
     """Features as `layer` multiplies them: what convolutions gave in bfloat16 in the dtype of its weights, unless autocast sees to it."""
-    return x if torch.is_autocast_enabled(x.device.type) else x.to(layer.weight.dtype)
+    return x if x.dtype == layer.weight.dtype or torch.is_autocast_enabled(x.device.type) else x.to(layer.weight.dtype)
 
 
 class Dropout(nn.Module):

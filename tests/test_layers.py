@@ -51,6 +51,24 @@ def test_a_convolution_is_torchs_own_elsewhere(kept, learns, autocast, dtype, mo
         assert torch.equal(layer(x), nn.Conv2d.forward(layer, x)) and layer(x).dtype == (torch.bfloat16 if autocast else dtype)
 
 
+@pytest.mark.parametrize("options, dtype", [({"bias": False}, torch.bfloat16), ({"padding": 2}, torch.bfloat16), ({"stride": 2}, torch.float32), ({"groups": 2}, torch.float32),
+                                            ({"padding": "same"}, torch.float32), ({"padding": 1, "padding_mode": "circular"}, torch.float32)], ids=repr)
+@pytest.mark.parametrize("alone", [False, True])
+def test_a_convolution_takes_what_torchs_takes(options, dtype, alone, monkeypatch):
+    monkeypatch.setattr(layers, "keeps_bfloat16", lambda device: True)
+    monkeypatch.setattr(layers, "has_avx2_alone", lambda: alone)
+    layer, x = Conv2d(4, 6, 3, **options), torch.randn(3, 4, 9, 8)
+    y, expected = layer(x), nn.Conv2d.forward(layer, x)
+    assert y.dtype == dtype
+    torch.testing.assert_close(y.float(), expected, rtol=2**-8, atol=1e-2)
+    (y.float() * expected.detach()).sum().backward()
+    given = [parameter.grad.clone() for parameter in layer.parameters()]
+    layer.zero_grad()
+    expected.square().sum().div(2).backward()
+    for ours, parameter in zip(given, layer.parameters(), strict=True):
+        assert (ours - parameter.grad).norm() < 0.01 * parameter.grad.norm()
+
+
 @pytest.mark.parametrize("p", [0.1, 0.25, 0.5])
 def test_dropout_drops_its_share_and_keeps_the_mean(p):
     torch.manual_seed(0)
