@@ -88,6 +88,13 @@ class Conv2d(nn.Conv2d):
         return Convolved.apply(x, self.weight, self.bias, self.padding, self.dilation) if short else super().forward(x)
 
 
+def conv_and_norm(inputs: int, outputs: int, kernel: int | tuple[int, int], padding: int | tuple[int, int], dilation: int | tuple[int, int] = 1) -> tuple[Conv2d, BatchNorm]:
+    """A convolution and batch norm. The bias stays as it is: batch norm takes it away again, so its gradient would be rounding and nothing else."""
+    conv = Conv2d(inputs, outputs, kernel, padding=padding, dilation=dilation)
+    conv.bias.requires_grad_(False)
+    return conv, BatchNorm(outputs)
+
+
 class Convolved(torch.autograd.Function):
     """A convolution (B, C, T, M) -> (B, C', T', M') of float32, whose input and output may be bfloat16. A few samples at a time are made float32, which stay in the cache.
 

@@ -30,6 +30,7 @@ from layers import (
     Dropout,
     PoolRectifyDrop,
     as_multiplied,
+    conv_and_norm,
     in_context,
     is_long,
     mean_over_ranks,
@@ -72,10 +73,10 @@ class ConvStack(nn.Module):
     def __init__(self, n_mels: int, cnn_unit: int, fc_unit: int, dropout: float = 0.5) -> None:
         super().__init__()
         self.cnn = nn.Sequential(
-            Conv2d(1, cnn_unit, 3, padding=1), BatchNorm(cnn_unit), nn.ReLU(inplace=True),
-            Conv2d(cnn_unit, cnn_unit, 3, padding=1), BatchNorm(cnn_unit), PoolRectifyDrop(dropout / 2),
+            *conv_and_norm(1, cnn_unit, 3, 1), nn.ReLU(inplace=True),
+            *conv_and_norm(cnn_unit, cnn_unit, 3, 1), PoolRectifyDrop(dropout / 2),
             nn.Identity(), nn.Identity(),  # so that layers have the numbers they have in the course's checkpoints
-            Conv2d(cnn_unit, cnn_unit * 2, 3, padding=1), BatchNorm(cnn_unit * 2), PoolRectifyDrop(dropout / 2))
+            *conv_and_norm(cnn_unit, cnn_unit * 2, 3, 1), PoolRectifyDrop(dropout / 2))
         self.fc = nn.Sequential(nn.Linear(cnn_unit * 2 * (n_mels // 4), fc_unit), Dropout(dropout))
 
     def forward(self, mel: Tensor) -> Tensor:
@@ -370,7 +371,7 @@ class HarmonicStack(nn.Module):
     @staticmethod
     def layer(inputs: int, units: int, frames: int, keys: int, apart: int = 1) -> tuple[nn.Module, ...]:
         padding = (frames // 2, keys // 2 * apart)
-        return Conv2d(inputs, units, (frames, keys), padding=padding, dilation=(1, apart)), BatchNorm(units), nn.ReLU(inplace=True)
+        return *conv_and_norm(inputs, units, (frames, keys), padding, (1, apart)), nn.ReLU(inplace=True)
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, C, T, K) -> (B, units, T, K)."""

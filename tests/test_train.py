@@ -158,7 +158,7 @@ def test_every_model_trains_in_the_courses_recipe(model, data_folder, tmp_path):
     torch.manual_seed(0)
     fresh = build_model(model, Sizes(4, 8), RECIPES["course"])
     changed = [not torch.equal(a, b) for a, b in zip(trained.parameters(), fresh.parameters())]
-    assert all(changed)
+    assert changed == [parameter.requires_grad for parameter in fresh.parameters()]
 
 
 PLAIN = dataclasses.replace(RECIPES["default"], gain_db=0.0, equalise_db=0.0, room=0.0, noise=0.0, detune=0.0, transpose=0)
@@ -539,8 +539,7 @@ def test_two_processes_have_the_gradients_of_one(data_folder, tmp_path):
     assert len(one) == len(two) == 3 and one[0].keys() == two[0].keys() and len(one[0]) > 30
     for name, gradient in one[0].items():
         error = (two[0][name] - gradient).norm()
-        # a bias before a batch norm has no gradient but rounding
-        assert error <= 2e-3 * gradient.norm() + 1e-6, f"{name}: {error} of {gradient.norm()}"
+        assert error <= 2e-3 * gradient.norm(), f"{name}: {error} of {gradient.norm()}"
     last, its_like = (torch.cat([gradient.flatten() for gradient in steps[-1].values()]) for steps in (one, two))
     assert (its_like - last).norm() < 0.02 * last.norm()  # Adam has made much of what was rounding in the first steps
     for name in ("train/frame_loss", "train/onset_loss"):
