@@ -180,8 +180,11 @@ def same_velocity(whole: np.ndarray, ref: np.ndarray, est: np.ndarray) -> np.nda
 
 
 def predict(model: Transcriber | Ensemble, recordings: list[Recording]) -> Iterator[Heard]:
-    """What `infer` hears in whole recordings; one at a time, for an hour of it takes 89 MB. Raises
-    ValueError and MemoryError, which name the recording."""
+    """What `infer` hears in whole recordings; one at a time, for an hour of it takes 89 MB.
+
+    Raises:
+        ValueError, MemoryError: as `infer` does, with the recording's name.
+    """
     for recording in tqdm(recordings, "listening", unit="recording", leave=False, disable=None):
         with errors_of(recording.name):
             heard = model.infer(recording.to_float())

@@ -20,7 +20,7 @@ def written_whole(path: str | Path) -> Iterator[Path]:
         OSError: the folder cannot be made or written; the message names `path`.
     """
     path = Path(path)
-    temporary = path.with_name(f".{secrets.token_hex(8)}.tmp{path.suffix}")  # no longer than `path`, of which long work may hang
+    temporary = path.with_name(f".{secrets.token_hex(8)}.tmp{path.suffix}")  # without its stem, for a name may be as long as the disk takes
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         yield temporary

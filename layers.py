@@ -82,7 +82,7 @@ class Conv2d(nn.Conv2d):
     takes half of the memory and, since less has to be moved, no longer. Strides, groups and padding by anything but a number of zeros are torch's."""
 
     def forward(self, x: Tensor) -> Tensor:
-        plain = self.stride == (1, 1) and self.groups == 1 and self.padding_mode == "zeros" and not isinstance(self.padding, str)
+        plain = x.dim() == 4 and self.stride == (1, 1) and self.groups == 1 and self.padding_mode == "zeros" and not isinstance(self.padding, str)
         short = (plain and self.training and keeps_bfloat16(x.device) and not torch.is_autocast_enabled(x.device.type)
                  and self.weight.dtype == torch.float32)
         return Convolved.apply(x, self.weight, self.bias, self.padding, self.dilation) if short else super().forward(x)

@@ -158,7 +158,8 @@ def adam(model: nn.Module, learning_rate: float, weight_decay: float = 0.0) -> t
     """Adam (Kingma & Ba, ICLR 2015) in one kernel. The gradients are there from the beginning and stay: made anew in every step,
     in between the activations, they split the heap so that it grew by a quarter of a GB."""
     for parameter in model.parameters():
-        parameter.grad = torch.zeros_like(parameter)
+        if parameter.requires_grad:
+            parameter.grad = torch.zeros_like(parameter)
     fused = next(model.parameters()).device.type in ("cpu", "cuda")
     return torch.optim.Adam(model.parameters(), learning_rate, weight_decay=weight_decay, fused=fused)
 
